@@ -1,0 +1,68 @@
+"""Choosing a backend, and checks that every kernel shares."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from flexbench.kernels.build import compiled
+
+log = logging.getLogger(__name__)
+
+
+def choose(op: str, asked: str, backends: tuple[str, ...], refusal: dict[str, str | None]) -> str:
+    """The backend to use: the one asked for, or for "auto" the first that does not refuse.
+
+    Args:
+        backends: fastest first.
+        refusal: for each backend why it cannot serve the call, None where it can.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot serve the call.
+    """
+    if asked == "auto":
+        chosen = next(name for name in backends if refusal[name] is None)
+        if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
+            log.debug("%s: backend %s", op, chosen)
+        return chosen
+    if asked not in backends:
+        raise ValueError(f"{op} has no backend '{asked}'; known: auto, {', '.join(backends)}")
+    if refusal[asked] is not None:
+        raise ValueError(f"{op}: backend '{asked}' cannot serve this call: {refusal[asked]}")
+    return asked
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> int:
+    """The number of packed sequences.
+
+    Raises:
+        ValueError: batch is not 1, or (checked on the CPU, where it costs nothing) the bounds do
+            not rise from 0 to length.
+    """
+    if batch != 1:
+        raise ValueError(f"with cu_seqlens the batch must be 1, not {batch}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError("cu_seqlens must be a vector of int32 bounds, 0 first")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        rising = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
+        if not rising or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != length:
+            raise ValueError(f"cu_seqlens must rise from 0 to the length {length}")
+    return cu_seqlens.numel() - 1
+
+
+def cpu_refusal(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why the compiled CPU kernels cannot serve these inputs; None where they can.
+
+    Meta tensors, whose shapes alone count, are always served.
+    """
+    given = [t for t in tensors if t is not None]
+    if all(t.device.type == "meta" for t in given):
+        return None
+    if any(t.device.type not in ("cpu", "meta") for t in given):
+        return "the tensors are not on the CPU"
+    if any(t.dtype == torch.float64 for t in given):
+        return "it computes in float32 and an input is float64"
+    return None if compiled() else "its kernels could not be compiled"

@@ -1,0 +1,244 @@
+"""The compiled selective scan on the CPU, registered with torch.library."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flexbench.kernels.build import library
+from flexbench.kernels.ffi import f32, packed, pointer
+
+TILE = 16
+
+
+class _Args(ctypes.Structure):
+    """Mirrors ScanArgs of scan.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("sequences", "dim", "state")]
+        + [(f"{name}_stride", ctypes.c_int64) for name in ("u", "delta", "B", "C", "z", "dout")]
+        + [
+            (name, ctypes.c_void_p)
+            for name in (
+                *("cu_seqlens", "u", "delta", "A", "B", "C", "D", "z", "delta_bias"),
+                *("initial_state", "repeats", "out", "last_state", "checkpoints", "dout", "dlast"),
+                *("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dinitial"),
+            )
+        ]
+        + [(name, ctypes.c_int32) for name in ("delta_softplus", "reverse", "threads")]
+    )
+
+
+class _Call:
+    """The C side's view of a call's inputs; keeps alive what the pointers point to."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        repeats: Tensor | None,
+        reverse: bool,
+    ) -> None:
+        batch, length, self.dim = u.shape
+        self.state = A.shape[1]
+        self.tokens = batch * length
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
+        self.sequences = cu_seqlens.numel() - 1
+        rows = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
+        whole = {"A": A, "D": D, "delta_bias": delta_bias, "initial_state": initial_state}
+        self.kept: dict[str, Tensor | None] = {name: packed(t) for name, t in rows.items()}
+        self.kept |= {name: f32(t) for name, t in whole.items()}
+        self.kept["cu_seqlens"] = cu_seqlens.to(torch.int32).contiguous()
+        if repeats is not None:
+            self.kept["repeats"] = repeats.to(torch.int32).reshape(-1).contiguous()
+        self.args = _Args(
+            sequences=self.sequences,
+            dim=self.dim,
+            state=self.state,
+            delta_softplus=delta_softplus,
+            reverse=reverse,
+            threads=torch.get_num_threads(),
+        )
+        self.attach(self.kept)
+
+    def attach(self, tensors: Mapping[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self.args, name, pointer(tensor))
+            if tensor is not None and hasattr(_Args, f"{name}_stride"):
+                setattr(self.args, f"{name}_stride", tensor.stride(0))
+
+    def checkpoint_shape(self) -> tuple[int, int, int]:
+        return (self.tokens // TILE + self.sequences, self.state, self.dim)
+
+    def run(self, function: str) -> None:
+        compiled = library()
+        if compiled is None:
+            raise RuntimeError("the CPU kernels are not compiled; use backend='reference'")
+        getattr(compiled, function)(ctypes.byref(self.args))
+
+
+@torch.library.custom_op("flexbench::selective_scan", mutates_args=(), device_types="cpu")
+def selective_scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    repeats: Tensor | None,
+    reverse: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and the states at the tiles' starts (empty unless `training`)."""
+    call = _Call(
+        *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+        *(initial_state, cu_seqlens, repeats, reverse),
+    )
+    out = torch.empty(u.shape, dtype=torch.float32)
+    last_state = torch.empty(call.sequences, call.dim, call.state)
+    checkpoints = torch.empty(call.checkpoint_shape() if training else 0)
+    call.attach({"out": out, "last_state": last_state})
+    if training:
+        call.attach({"checkpoints": checkpoints})
+    call.run("flexbench_scan_forward")
+    return out.to(u.dtype), last_state, checkpoints
+
+
+@selective_scan_op.register_fake
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    repeats: Tensor | None,
+    reverse: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, dim = u.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    state = A.shape[1]
+    tiles = (batch * length // TILE + sequences, state, dim)
+    return (
+        torch.empty_like(u, memory_format=torch.contiguous_format),
+        u.new_empty(sequences, dim, state, dtype=torch.float32),
+        u.new_empty(tiles if training else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("flexbench::selective_scan_backward", mutates_args=(), device_types="cpu")
+def selective_scan_backward_op(
+    dout: Tensor,
+    dlast: Tensor | None,
+    checkpoints: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    repeats: Tensor | None,
+    reverse: bool,
+) -> list[Tensor]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; empty where not given."""
+    call = _Call(
+        *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+        *(initial_state, cu_seqlens, repeats, reverse),
+    )
+    inputs: dict[str, Tensor | None] = {"du": u, "ddelta": delta, "dA": A, "dB": B, "dC": C}
+    inputs |= {"dD": D, "dz": z, "ddelta_bias": delta_bias, "dinitial": initial_state}
+    grads = {
+        name: None if tensor is None else torch.empty(tensor.shape, dtype=torch.float32)
+        for name, tensor in inputs.items()
+    }
+    kept = {"dout": packed(dout), "dlast": f32(dlast), "checkpoints": checkpoints}
+    call.attach(kept)
+    call.attach(grads)
+    call.run("flexbench_scan_backward")
+    return [
+        torch.empty(0) if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads.values(), inputs.values(), strict=True)
+    ]
+
+
+@selective_scan_backward_op.register_fake
+def _(
+    dout: Tensor,
+    dlast: Tensor | None,
+    checkpoints: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    repeats: Tensor | None,
+    reverse: bool,
+) -> list[Tensor]:
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return [
+        u.new_empty(0, dtype=torch.float32)
+        if t is None
+        else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in inputs
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    u, delta, A, B, C, D, z, delta_bias, softplus, initial, cu_seqlens, repeats, reverse, _ = inputs
+    ctx.delta_softplus, ctx.reverse = softplus, reverse
+    ctx.save_for_backward(
+        output[2], u, delta, A, B, C, D, z, delta_bias, initial, cu_seqlens, repeats
+    )
+
+
+def _backward(ctx, dout, dlast, _dcheckpoints):  # type: ignore[no-untyped-def]
+    checkpoints, *inputs, initial, cu_seqlens, repeats = ctx.saved_tensors
+    u, D, z, delta_bias = inputs[0], inputs[5], inputs[6], inputs[7]
+    dout = torch.zeros_like(u) if dout is None else dout
+    grads = selective_scan_backward_op(
+        *(dout, dlast, checkpoints, *inputs, ctx.delta_softplus),
+        *(initial, cu_seqlens, repeats, ctx.reverse),
+    )
+    optional = {5: D, 6: z, 7: delta_bias, 8: initial}
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (
+        None if i in optional and optional[i] is None else grad for i, grad in enumerate(grads)
+    )
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None, None, None
+
+
+selective_scan_op.register_autograd(_backward, setup_context=_setup_context)

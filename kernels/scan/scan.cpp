@@ -1,0 +1,487 @@
+// Selective scan on the CPU, forward and backward (the recurrence is in scan/__init__.py).
+//
+// Channels lie in the vector lanes and a channel block's states in registers. A work item is one
+// sequence times one group of channel blocks; it walks the sequence in tiles of TILE steps. The
+// forward pass keeps the state at each tile's start; the backward pass recomputes a tile from it.
+// Every sum has a fixed order that depends on the shapes alone, so the bits do not depend on the
+// number of threads.
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "../simd.h"
+
+constexpr int TILE = 16;
+constexpr int CHUNK = 8;       // states held in registers at once
+constexpr int MAX_BLOCKS = 8;  // channel blocks in a group
+
+extern "C" {
+
+// Rows are (tokens, dim) or (tokens, state) with a stride in floats; null where not given.
+struct ScanArgs {
+  int64_t sequences, dim, state;
+  int64_t u_stride, delta_stride, B_stride, C_stride, z_stride, dout_stride;
+  const int32_t *cu_seqlens;  // (sequences + 1,)
+  const float *u, *delta, *A, *B, *C, *D, *z, *delta_bias, *initial_state;
+  const int32_t *repeats;      // (tokens,)
+  float *out, *last_state;     // (tokens, dim), (sequences, dim, state)
+  float *checkpoints;          // (tokens / TILE + sequences, state, dim), null in inference
+  const float *dout, *dlast;   // dlast may be null
+  float *du, *ddelta, *dA, *dB, *dC, *dD, *dz, *ddelta_bias, *dinitial;
+  int32_t delta_softplus, reverse, threads;
+};
+
+int64_t flexbench_scan_tile() { return TILE; }
+}
+
+namespace {
+
+struct Sequence {
+  int64_t first_row, step, length, first_tile;
+
+  Sequence(const ScanArgs &a, int64_t s) {
+    int64_t start = a.cu_seqlens[s], end = a.cu_seqlens[s + 1];
+    length = end - start;
+    first_row = a.reverse ? end - 1 : start;
+    step = a.reverse ? -1 : 1;
+    first_tile = start / TILE + s;  // leaves room for each sequence's short last tile
+  }
+  int64_t row(int64_t t) const { return first_row + step * t; }
+};
+
+// Large groups read whole rows; small ones give more work items where sequences are few.
+int group_blocks(const ScanArgs &a) {
+  int64_t blocks = (a.dim + LANES - 1) / LANES;
+  int size = MAX_BLOCKS;
+  while (size > 1 && a.sequences * ((blocks + size - 1) / size) < 4) size /= 2;
+  return size;
+}
+
+struct Block {
+  int64_t channel;
+  int lanes;
+  Block(const ScanArgs &a, int64_t index)
+      : channel(index * LANES), lanes((int)std::min<int64_t>(LANES, a.dim - index * LANES)) {}
+};
+
+// (dim, state) row-major to one vector per state, and back.
+void gather_states(const float *source, const Block &b, int64_t state, Vec *to) {
+  for (int64_t n = 0; n < state; ++n) {
+    Vec x{};
+    for (int i = 0; i < b.lanes; ++i) x[i] = source[(b.channel + i) * state + n];
+    to[n] = x;
+  }
+}
+void scatter_states(const Vec *from, const Block &b, int64_t state, float *target) {
+  for (int64_t n = 0; n < state; ++n)
+    for (int i = 0; i < b.lanes; ++i) target[(b.channel + i) * state + n] = from[n][i];
+}
+
+// m equal steps in one: the decay is E = e^(mx), the input's gain G = expm1(mx) / expm1(x), with
+// x = ΔA = x2 ln 2. G = sum of e^(kx), k < m: near x = 0 its Taylor series, whose coefficients are
+// the power sums of k.
+struct PowerSums {
+  float s0, s1, s2, s3, s4;
+  explicit PowerSums(double m) {
+    double k = m - 1;
+    s0 = (float)m;
+    s1 = (float)(k * m / 2);
+    s2 = (float)(k * m * (2 * k + 1) / 6);
+    s3 = (float)(k * m / 2 * (k * m / 2));
+    s4 = (float)(k * m * (2 * k + 1) * (3 * k * k + 3 * k - 1) / 30);
+  }
+};
+inline Vec repeat_gain(Vec x2, const PowerSums &p) {
+  Vec x = x2 * LN2;
+  Vec series = ((x * (p.s3 / 6) + p.s2 / 2) * x + p.s1) * x + p.s0;
+  VecInt near = vabs(x2 * p.s0) < 0.05f;
+  return select(near, series, exp2m1(x2 * p.s0) / exp2m1(x2));
+}
+inline Vec repeat_gain_slope(Vec x2, Vec gain, const PowerSums &p) {
+  Vec x = x2 * LN2;
+  Vec series = ((x * (p.s4 / 6) + p.s3 / 2) * x + p.s2) * x + p.s1;
+  VecInt near = vabs(x2 * p.s0) < 0.05f;
+  Vec direct = (p.s0 * exp2v(x2 * p.s0) - gain * exp2v(x2)) / exp2m1(x2);
+  return select(near, series, direct);
+}
+
+// Per-step quantities of one channel block over one tile.
+struct Tile {
+  Vec *u, *delta, *input, *y;          // Δ after bias and softplus; Δ u; sum over states of h C
+  Vec *slope, *dy, *ddelta, *dinput;   // backward: dΔ/draw; gradients of y, Δ's decay (/ln 2), Δ u
+  const float *B, *C;
+  int64_t B_step, C_step;
+  const int32_t *repeats;
+  int64_t repeats_step;
+  int steps;
+
+  Tile from_state(int64_t n) const {
+    Tile part = *this;
+    part.B += n, part.C += n;
+    return part;
+  }
+};
+
+// Advances NB states through a tile; OUTPUT adds their share to y. KEEP stores decays and states for
+// the backward pass: kept_h[t] is the state before step t, kept_h[steps] the last.
+template <int NB, bool OUTPUT, bool KEEP, bool REPEATS>
+inline void advance(const Tile &tile, const Vec *A2, Vec *state, Vec *kept_h, Vec *kept_a) {
+  Vec h[NB];
+  for (int n = 0; n < NB; ++n) h[n] = state[n];
+  const float *B = tile.B, *C = tile.C;
+  for (int t = 0; t < tile.steps; ++t) {
+    Vec delta = tile.delta[t], input = tile.input[t], y{};
+    if (OUTPUT) y = tile.y[t];
+    float m = 1;
+    if (REPEATS) m = (float)tile.repeats[t * tile.repeats_step];
+    if (REPEATS && m > 1) {
+      PowerSums sums(m);
+#pragma GCC unroll 1
+      for (int n = 0; n < NB; ++n) {
+        Vec x2 = delta * A2[n];
+        Vec a = exp2v(x2 * m);
+        if (KEEP) kept_h[t * NB + n] = h[n], kept_a[t * NB + n] = a;
+        h[n] = a * h[n] + input * B[n] * repeat_gain(x2, sums);
+        if (OUTPUT) y += h[n] * C[n];
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int n = 0; n < NB; ++n) {
+        Vec a = exp2v(delta * A2[n]);
+        if (KEEP) kept_h[t * NB + n] = h[n], kept_a[t * NB + n] = a;
+        h[n] = a * h[n] + input * B[n];
+        if (OUTPUT) y += h[n] * C[n];
+      }
+    }
+    if (OUTPUT) tile.y[t] = y;
+    B += tile.B_step, C += tile.C_step;
+  }
+  for (int n = 0; n < NB; ++n) {
+    if (KEEP) kept_h[tile.steps * NB + n] = h[n];
+    state[n] = h[n];
+  }
+}
+
+// States in chunks that fit the registers: calls visit<NB>(first state) for each.
+template <typename Visit>
+void for_state_chunks(int64_t N, Visit visit) {
+  int64_t n = 0;
+  for (; N - n >= CHUNK; n += CHUNK) visit(std::integral_constant<int, CHUNK>(), n);
+  for (; N - n >= 4; n += 4) visit(std::integral_constant<int, 4>(), n);
+  for (; N - n >= 1; n += 1) visit(std::integral_constant<int, 1>(), n);
+}
+
+// A group of channel blocks over one tile. Rows are walked outside and blocks inside, so that memory
+// is read in its order.
+struct Group {
+  const ScanArgs &a;
+  const Sequence s;
+  const int64_t first_block;
+  const int blocks;
+  Tile tiles[MAX_BLOCKS];
+
+  Group(const ScanArgs &args, int64_t sequence, int64_t first, int count)
+      : a(args), s(args, sequence), first_block(first), blocks(count) {}
+
+  Block block(int i) const { return Block(a, first_block + i); }
+
+  template <typename Visit>
+  void for_rows(int64_t begin, Visit visit) const {
+    for (int t = 0; t < tiles[0].steps; ++t) {
+      int64_t row = s.row(begin + t);
+      for (int i = 0; i < blocks; ++i) {
+        Block b = block(i);
+        if (b.lanes == LANES)
+          visit(t, row, i, b.channel, std::integral_constant<int, LANES>());
+        else
+          visit(t, row, i, b.channel, b.lanes);
+      }
+    }
+  }
+
+  // What a tile needs from the inputs.
+  void prepare(int64_t begin) {
+    int64_t first = s.row(begin);
+    for (int i = 0; i < blocks; ++i) {
+      Tile &tile = tiles[i];
+      tile.steps = (int)std::min<int64_t>(TILE, s.length - begin);
+      tile.B = a.B + first * a.B_stride, tile.B_step = s.step * a.B_stride;
+      tile.C = a.C + first * a.C_stride, tile.C_step = s.step * a.C_stride;
+      tile.repeats = a.repeats ? a.repeats + first : nullptr, tile.repeats_step = s.step;
+    }
+    for_rows(begin, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
+      const Tile &tile = tiles[i];
+      Vec u = load(a.u + row * a.u_stride + channel, lanes);
+      Vec raw = load(a.delta + row * a.delta_stride + channel, lanes);
+      if (a.delta_bias) raw += load(a.delta_bias + channel, lanes);
+      Vec delta = a.delta_softplus ? softplus(raw) : raw;
+      if (tile.slope) tile.slope[t] = a.delta_softplus ? sigmoid(raw) : splat(1.0f);
+      tile.u[t] = u;
+      tile.delta[t] = delta;
+      tile.input[t] = delta * u;
+      tile.y[t] = Vec{};
+    });
+  }
+};
+
+void load_A(const ScanArgs &a, const Block &b, Vec *A2) {
+  gather_states(a.A, b, a.state, A2);
+  for (int64_t n = 0; n < a.state; ++n) A2[n] *= LOG2E;
+}
+
+template <bool REPEATS>
+void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int blocks) {
+  const int64_t N = a.state;
+  Group group(a, sequence, first_block, blocks);
+  const Sequence &s = group.s;
+  Scratch scratch(blocks * (2 * N + 4 * TILE));
+  Vec *at = scratch.get();
+  Vec *A2 = at, *h = at + N * blocks;
+  at += 2 * N * blocks;
+  for (int i = 0; i < blocks; ++i) {
+    Block b = group.block(i);
+    Tile &tile = group.tiles[i] = Tile{};
+    for (Vec **array : {&tile.u, &tile.delta, &tile.input, &tile.y}) *array = at, at += TILE;
+    load_A(a, b, A2 + i * N);
+    if (a.initial_state)
+      gather_states(a.initial_state + sequence * a.dim * N, b, N, h + i * N);
+    else
+      std::fill_n(h + i * N, N, Vec{});
+  }
+  for (int64_t begin = 0; begin < s.length; begin += TILE) {
+    group.prepare(begin);
+    for (int i = 0; i < blocks; ++i) {
+      Block b = group.block(i);
+      if (a.checkpoints) {
+        float *slot = a.checkpoints + (s.first_tile + begin / TILE) * N * a.dim + b.channel;
+        for (int64_t n = 0; n < N; ++n) store(slot + n * a.dim, h[i * N + n], b.lanes);
+      }
+      for_state_chunks(N, [&](auto size, int64_t n) {
+        advance<size.value, true, false, REPEATS>(group.tiles[i].from_state(n), A2 + i * N + n,
+                                                  h + i * N + n, nullptr, nullptr);
+      });
+    }
+    group.for_rows(begin, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
+      const Tile &tile = group.tiles[i];
+      Vec y = tile.y[t];
+      if (a.D) y += load(a.D + channel, lanes) * tile.u[t];
+      if (a.z) {
+        Vec z = load(a.z + row * a.z_stride + channel, lanes);
+        y *= z * sigmoid(z);
+      }
+      store(a.out + row * a.dim + channel, y, lanes);
+    });
+  }
+  for (int i = 0; i < blocks; ++i)
+    scatter_states(h + i * N, group.block(i), N, a.last_state + sequence * a.dim * N);
+}
+
+// Walks NB states back through a tile. dB and dC are kept per lane: lanes are summed once a tile.
+template <int NB, bool REPEATS>
+inline void retreat(const Tile &tile, const Vec *A2, Vec *dstate, Vec *dA_sum, const Vec *kept_h,
+                    const Vec *kept_a, Vec *dB, Vec *dC) {
+  Vec dh[NB], dA[NB];
+  for (int n = 0; n < NB; ++n) dh[n] = dstate[n], dA[n] = dA_sum[n];
+  for (int t = tile.steps - 1; t >= 0; --t) {
+    const float *B = tile.B + t * tile.B_step, *C = tile.C + t * tile.C_step;
+    Vec delta = tile.delta[t], input = tile.input[t], dy = tile.dy[t];
+    Vec through_decay = tile.ddelta[t], through_input = tile.dinput[t];
+    const Vec *h = kept_h + t * NB, *a = kept_a + t * NB;
+    float m = 1;
+    if (REPEATS) m = (float)tile.repeats[t * tile.repeats_step];
+    if (REPEATS && m > 1) {
+      PowerSums sums(m);
+#pragma GCC unroll 1
+      for (int n = 0; n < NB; ++n) {
+        Vec x2 = delta * A2[n];
+        Vec gain = repeat_gain(x2, sums), slope = repeat_gain_slope(x2, gain, sums);
+        dC[t * NB + n] += dy * h[NB + n];
+        Vec d = dh[n] + dy * C[n];
+        through_input += d * B[n] * gain;
+        dB[t * NB + n] += d * input * gain;
+        Vec q = d * (h[n] * a[n] * m + input * B[n] * slope);
+        through_decay += q * A2[n];
+        dA[n] += q * delta;
+        dh[n] = d * a[n];
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int n = 0; n < NB; ++n) {
+        dC[t * NB + n] += dy * h[NB + n];
+        Vec d = dh[n] + dy * C[n];
+        through_input += d * B[n];
+        dB[t * NB + n] += d * input;
+        d *= a[n];
+        Vec q = d * h[n];
+        through_decay += q * A2[n];
+        dA[n] += q * delta;
+        dh[n] = d;
+      }
+    }
+    tile.ddelta[t] = through_decay, tile.dinput[t] = through_input;
+  }
+  for (int n = 0; n < NB; ++n) dstate[n] = dh[n], dA_sum[n] = dA[n];
+}
+
+template <bool REPEATS>
+void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int blocks, float *dB_out,
+                   float *dC_out, float *dA_out, float *dD_out, float *dbias_out) {
+  const int64_t N = a.state;
+  Group group(a, sequence, first_block, blocks);
+  const Sequence &s = group.s;
+  constexpr int APART = 13;  // vectors: arrays a multiple of 4 KiB apart would stall each other
+  Scratch scratch(blocks * (4 * N + 8 * TILE) + (4 * TILE + 1) * CHUNK + 4 * APART);
+  Vec *at = scratch.get();
+  auto take = [&at](int64_t count) { return std::exchange(at, at + count); };
+  Vec *kept_h = take((TILE + 1) * CHUNK + APART), *kept_a = take(TILE * CHUNK + APART);
+  Vec *dB = take(TILE * CHUNK + APART), *dC = take(TILE * CHUNK + APART);
+  struct {
+    Vec *A2, *h, *dh, *dA;  // (state,)
+    Vec dD, dbias;
+  } sums[MAX_BLOCKS];
+  for (int i = 0; i < blocks; ++i) {
+    Block b = group.block(i);
+    auto &sum = sums[i];
+    sum.A2 = take(N), sum.h = take(N), sum.dh = take(N), sum.dA = take(N);
+    sum.dD = Vec{}, sum.dbias = Vec{};
+    Tile &tile = group.tiles[i];
+    for (Vec **array : {&tile.u, &tile.delta, &tile.input, &tile.y, &tile.slope, &tile.dy,
+                        &tile.ddelta, &tile.dinput})
+      *array = take(TILE);
+    load_A(a, b, sum.A2);
+    std::fill_n(sum.dA, N, Vec{});
+    if (a.dlast)
+      gather_states(a.dlast + sequence * a.dim * N, b, N, sum.dh);
+    else
+      std::fill_n(sum.dh, N, Vec{});
+  }
+
+  for (int64_t k = (s.length + TILE - 1) / TILE - 1; k >= 0; --k) {
+    const int64_t begin = k * TILE;
+    group.prepare(begin);
+    const int steps = group.tiles[0].steps;
+    for (int i = 0; i < blocks; ++i) {
+      Block b = group.block(i);
+      const float *slot = a.checkpoints + (s.first_tile + k) * N * a.dim + b.channel;
+      for (int64_t n = 0; n < N; ++n) sums[i].h[n] = load(slot + n * a.dim, b.lanes);
+    }
+    group.for_rows(begin, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
+      const Tile &tile = group.tiles[i];
+      Vec g = load(a.dout + row * a.dout_stride + channel, lanes);
+      if (a.z) {
+        Vec z = load(a.z + row * a.z_stride + channel, lanes);
+        g *= z * sigmoid(z);
+      }
+      tile.dy[t] = g;
+      tile.ddelta[t] = Vec{}, tile.dinput[t] = Vec{};
+    });
+    // States outside, channel blocks inside: what a chunk keeps stays in the first-level cache.
+    for_state_chunks(N, [&](auto size, int64_t n) {
+      constexpr int NB = size.value;
+      std::fill_n(dB, steps * NB, Vec{});
+      std::fill_n(dC, steps * NB, Vec{});
+      for (int i = 0; i < blocks; ++i) {
+        auto &sum = sums[i];
+        Tile part = group.tiles[i].from_state(n);
+        if (a.z)
+          advance<NB, true, true, REPEATS>(part, sum.A2 + n, sum.h + n, kept_h, kept_a);
+        else
+          advance<NB, false, true, REPEATS>(part, sum.A2 + n, sum.h + n, kept_h, kept_a);
+        retreat<NB, REPEATS>(part, sum.A2 + n, sum.dh + n, sum.dA + n, kept_h, kept_a, dB, dC);
+      }
+      for (int t = 0; t < steps; ++t) {
+        int64_t at_row = s.row(begin + t) * N + n;
+        for (int j = 0; j < NB; ++j) {
+          dB_out[at_row + j] = sum_lanes(dB[t * NB + j]);
+          dC_out[at_row + j] = sum_lanes(dC[t * NB + j]);
+        }
+      }
+    });
+    group.for_rows(begin, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
+      const Tile &tile = group.tiles[i];
+      Vec D = a.D ? load(a.D + channel, lanes) : Vec{};
+      if (a.z) {
+        Vec z = load(a.z + row * a.z_stride + channel, lanes), open = sigmoid(z);
+        Vec g = load(a.dout + row * a.dout_stride + channel, lanes);
+        Vec y = tile.y[t] + D * tile.u[t];
+        store(a.dz + row * a.dim + channel, g * y * open * (1.0f + z * (1.0f - open)), lanes);
+      }
+      Vec du = tile.dinput[t] * tile.delta[t] + D * tile.dy[t];
+      Vec draw = (tile.ddelta[t] * LN2 + tile.dinput[t] * tile.u[t]) * tile.slope[t];
+      store(a.du + row * a.dim + channel, du, lanes);
+      store(a.ddelta + row * a.dim + channel, draw, lanes);
+      sums[i].dbias += draw;
+      sums[i].dD += tile.dy[t] * tile.u[t];
+    });
+  }
+  for (int i = 0; i < blocks; ++i) {
+    Block b = group.block(i);
+    scatter_states(sums[i].dA, b, N, dA_out + sequence * a.dim * N);
+    store(dD_out + sequence * a.dim + b.channel, sums[i].dD, b.lanes);
+    store(dbias_out + sequence * a.dim + b.channel, sums[i].dbias, b.lanes);
+    if (a.dinitial) scatter_states(sums[i].dh, b, N, a.dinitial + sequence * a.dim * N);
+  }
+}
+
+// out[i] = sum over parts of parts[p][i], in the order of the parts.
+void sum_parts(const float *parts, int64_t count, int64_t size, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < size; ++i) {
+    float total = 0;
+    for (int64_t p = 0; p < count; ++p) total += parts[p * size + i];
+    out[i] = total;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void flexbench_scan_forward(const ScanArgs *args) {
+  const ScanArgs &a = *args;
+  const int size = group_blocks(a);
+  const int64_t blocks = (a.dim + LANES - 1) / LANES, groups = (blocks + size - 1) / size;
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
+  for (int64_t item = 0; item < a.sequences * groups; ++item) {
+    int64_t sequence = item / groups, first = item % groups * size;
+    int count = (int)std::min<int64_t>(size, blocks - first);
+    (a.repeats ? forward_item<true> : forward_item<false>)(a, sequence, first, count);
+  }
+  if (!a.checkpoints) return;
+  int64_t slots = a.cu_seqlens[a.sequences] / TILE + a.sequences;
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    Sequence here(a, s);
+    int64_t used = here.first_tile + (here.length + TILE - 1) / TILE;
+    int64_t next = s + 1 < a.sequences ? Sequence(a, s + 1).first_tile : slots;
+    std::fill(a.checkpoints + used * a.state * a.dim, a.checkpoints + next * a.state * a.dim, 0.0f);
+  }
+}
+
+void flexbench_scan_backward(const ScanArgs *args) {
+  const ScanArgs &a = *args;
+  const int size = group_blocks(a);
+  const int64_t blocks = (a.dim + LANES - 1) / LANES, groups = (blocks + size - 1) / size;
+  const int64_t tokens = a.cu_seqlens[a.sequences], N = a.state, per_group = tokens * N;
+  std::unique_ptr<float[]> dBC(groups > 1 ? new float[2 * groups * per_group] : nullptr);
+  std::unique_ptr<float[]> dA(new float[a.sequences * a.dim * N]);
+  std::unique_ptr<float[]> dD(new float[2 * a.sequences * a.dim]);
+  float *dB_parts = groups > 1 ? dBC.get() : a.dB;
+  float *dC_parts = groups > 1 ? dBC.get() + groups * per_group : a.dC;
+  float *dbias = dD.get() + a.sequences * a.dim;
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
+  for (int64_t item = 0; item < a.sequences * groups; ++item) {
+    int64_t sequence = item / groups, group = item % groups, first = group * size;
+    int count = (int)std::min<int64_t>(size, blocks - first);
+    (a.repeats ? backward_item<true> : backward_item<false>)(
+        a, sequence, first, count, dB_parts + group * per_group, dC_parts + group * per_group, dA.get(),
+        dD.get(), dbias);
+  }
+  if (groups > 1) {
+    sum_parts(dB_parts, groups, per_group, a.dB, a.threads);
+    sum_parts(dC_parts, groups, per_group, a.dC, a.threads);
+  }
+  sum_parts(dA.get(), a.sequences, a.dim * N, a.dA, a.threads);
+  if (a.dD) sum_parts(dD.get(), a.sequences, a.dim, a.dD, a.threads);
+  if (a.ddelta_bias) sum_parts(dbias, a.sequences, a.dim, a.ddelta_bias, a.threads);
+}
+}
