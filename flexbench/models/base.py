@@ -1,0 +1,48 @@
+"""What a model is to the harness: a typed mixer config that builds the layers of the stack."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from pydantic import PositiveInt
+from torch import nn
+
+from flexbench.config import StrictModel
+from flexbench.registry import Registry
+
+
+class MixerConfig(StrictModel, ABC):
+    """Options of a sequence mixer. `build` makes one layer's module.
+
+    A mixer maps x to a tensor of the same shape. Where its `forward` takes `cu_seqlens`
+    (int32, (sequences + 1,)), x is (1, total, d_model), several sequences packed without padding;
+    else it is called with x (batch, length, d_model), right-padded, and with `lengths` if it takes
+    that.
+
+    Class attributes:
+        version: raised whenever the same options would compute something else.
+        summary: one line for `flexbench ls models`.
+        causal: whether output t depends on inputs up to t alone.
+        has_width: whether `d_inner` can be solved to match parameters.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int | str] = 1
+    summary: ClassVar[str]
+    causal: ClassVar[bool]
+    has_width: ClassVar[bool] = True
+
+    d_inner: PositiveInt | None = None
+    """Inner width; None: `expand` * d_model. The harness solves it to match parameters."""
+
+    @abstractmethod
+    def build(self, d_model: int, *, layer: int, n_layers: int) -> nn.Module:
+        """The mixer of layer `layer` (from 0) of `n_layers`."""
+
+    @abstractmethod
+    def state_size(self, d_model: int) -> int | None:
+        """Floats of recurrent state carried from step to step by one layer; None: unknown."""
+
+
+registry: Registry[type[MixerConfig]] = Registry("model", "flexbench.models", "flexbench.models")

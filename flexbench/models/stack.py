@@ -1,0 +1,245 @@
+"""The body that every model shares: encoder, pre-norm residual mixers, pooling, decoder."""
+
+from __future__ import annotations
+
+import inspect
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexbench.config import StackConfig
+from flexbench.errors import UserError
+from flexbench.interface import Batch, ProblemSpec
+from flexbench.models.base import MixerConfig
+from flexbench.models.flops import count_flops
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the real steps of a ragged batch lie.
+
+    Attributes:
+        rows, length: the padded batch's shape.
+        lengths: (rows,) int64 real steps of each row.
+        packed: whether the backbone sees (1, total, d), the rows' real steps one after another, or
+            the padded (rows, length, d).
+    """
+
+    rows: int
+    length: int
+    lengths: Tensor
+    packed: bool
+
+    @cached_property
+    def real(self) -> Tensor:
+        """(rows, length, 1) bool, False at padding."""
+        steps = torch.arange(self.length, device=self.lengths.device)
+        return (steps < self.lengths[:, None]).unsqueeze(-1)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(total,) int64 indices of the real steps among the rows * length."""
+        return self.real.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(rows + 1,) int32 bounds of the packed rows."""
+        return F.pad(self.lengths.cumsum(0), (1, 0)).int()
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(rows, length, ...) to (1, total, ...), padding left out."""
+        return x.flatten(0, 1).index_select(0, self.positions).unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, total, d) to (rows, length, d), zeros at padding."""
+        padded = x.new_zeros(self.rows * self.length, x.shape[-1])
+        return padded.index_copy(0, self.positions, x[0]).view(self.rows, self.length, -1)
+
+
+class ResidualLayer(nn.Module):
+    """x + dropout(mixer(norm(x))). The residual x stays in float32 under autocast."""
+
+    def __init__(self, mixer: nn.Module, stack: StackConfig) -> None:
+        super().__init__()
+        self.norm = make_norm(stack)
+        self.mixer = mixer
+        self.dropout = nn.Dropout(stack.dropout)
+        taken = inspect.signature(mixer.forward).parameters
+        self.takes_cu_seqlens = "cu_seqlens" in taken
+        self.takes_lengths = "lengths" in taken
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        normed = self.norm(x)
+        if layout is None:
+            mixed = self.mixer(normed)
+        elif layout.packed:
+            mixed = self.mixer(normed, cu_seqlens=layout.cu_seqlens)
+        else:
+            lengths = {"lengths": layout.lengths} if self.takes_lengths else {}
+            mixed = self.mixer(normed * layout.real, **lengths)
+        if not isinstance(mixed, Tensor) or mixed.shape != x.shape:
+            got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
+            raise UserError(
+                f"{type(self.mixer).__name__} must return a tensor of its input's shape "
+                f"{tuple(x.shape)}, but returned {got}"
+            )
+        return x + self.dropout(mixed)
+
+
+class Backbone(nn.Module):
+    """`n_layers` residual layers and a last norm: what is compared, and matched in parameters."""
+
+    def __init__(self, stack: StackConfig, mixer: MixerConfig) -> None:
+        super().__init__()
+        d_model, n_layers = stack.d_model, stack.n_layers
+        mixers = [mixer.build(d_model, layer=i, n_layers=n_layers) for i in range(n_layers)]
+        self.layers = nn.ModuleList(ResidualLayer(module, stack) for module in mixers)
+        self.norm = make_norm(stack)
+
+    @property
+    def packs(self) -> bool:
+        """Whether every mixer reads packed sequences."""
+        return all(layer.takes_cu_seqlens for layer in self.layers)
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        """(batch, length, d_model) to the same; (1, total, d_model) where the layout is packed."""
+        for layer in self.layers:
+            x = layer(x, layout)
+        return self.norm(x)
+
+
+class PairHead(nn.Module):
+    """LRA's head for two towers: an MLP on (a, b, a - b, a * b)."""
+
+    def __init__(self, d_model: int, classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(4 * d_model, d_model)
+        self.output = nn.Linear(d_model, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(2 * examples, d_model), pairs adjacent, to (examples, classes)."""
+        a, b = x.unflatten(0, (-1, 2)).unbind(1)
+        return self.output(F.relu(self.hidden(torch.cat([a, b, a - b, a * b], dim=-1))))
+
+
+class SequenceModel(nn.Module):
+    """A classifier of sequences or of their steps, for any task and any mixer.
+
+    A ragged batch is packed before the encoder, so that no padding is ever computed, where every
+    mixer reads packed sequences; else mixers see the padded batch with zeros at padding. Either
+    way the pool and the logits leave padding out.
+
+    Args:
+        spec: the task's inputs and outputs.
+        stack: width, depth, norm, dropout and pool.
+        mixer: the mixer of every layer.
+    """
+
+    def __init__(self, spec: ProblemSpec, stack: StackConfig, mixer: MixerConfig) -> None:
+        super().__init__()
+        if spec.towers not in (1, 2) or (spec.towers == 2 and spec.output == "token"):
+            raise ValueError(f"no model for {spec.towers} towers with one label a {spec.output}")
+        self.spec, self.stack, self.mixer = spec, stack, mixer
+        self.encoder = make_encoder(spec, stack.d_model)
+        self.backbone = Backbone(stack, mixer)
+        self.decoder: nn.Module
+        if spec.towers == 2:
+            self.decoder = PairHead(stack.d_model, spec.classes)
+        else:
+            self.decoder = nn.Linear(stack.d_model, spec.classes)
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (examples, classes), or (examples, length, classes) for one label a token."""
+        layout = self._layout(batch)
+        packing = layout if layout is not None and layout.packed else None
+        x = self.encoder(packing.pack(batch.inputs) if packing else batch.inputs)
+        x = self.backbone(x.to(torch.promote_types(x.dtype, torch.float32)), layout)
+        if packing:
+            x = packing.unpack(x)
+        if self.spec.output == "sequence":
+            x = pool(x, layout, self.stack.pool)
+        return self.decoder(x)
+
+    def _layout(self, batch: Batch) -> Layout | None:
+        """The batch's layout; None where every row fills the length."""
+        rows, length = batch.inputs.shape[:2]
+        if batch.lengths is None or bool((batch.lengths == length).all()):
+            return None
+        return Layout(rows, length, batch.lengths, self.backbone.packs)
+
+    def backbone_parameters(self) -> int:
+        """Number of parameters between the encoder and the decoder."""
+        return sum(parameter.numel() for parameter in self.backbone.parameters())
+
+    def state_size(self) -> int | None:
+        """Floats of recurrent state carried from step to step, all layers; None: unknown."""
+        size = self.mixer.state_size(self.stack.d_model)
+        return None if size is None else size * self.stack.n_layers
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of a forward pass by `length` real steps, for each step.
+
+        Matrix products, convolutions and attention by `torch.utils.flop_counter`, and the kernels
+        of flexbench; a multiplication and an addition are two. Elementwise work is left out.
+        """
+        rows = self.spec.towers
+        if self.spec.input == "tokens":
+            inputs = torch.zeros(rows, length, dtype=torch.int64)
+        else:
+            inputs = torch.zeros(rows, length, self.spec.channels)
+        batch = Batch(inputs, torch.zeros(1, dtype=torch.int64))
+        try:
+            with torch.device("meta"):
+                model = SequenceModel(self.spec, self.stack, self.mixer)
+            flops = count_flops(model, batch.to("meta"))
+        except Exception:
+            # A mixer of the user's own may not run without data.
+            device = next(self.parameters()).device
+            with torch.random.fork_rng():
+                flops = count_flops(deepcopy(self).eval(), batch.to(device))
+        return flops / (rows * length)
+
+    def diagnostics(self) -> dict[str, float]:
+        """What the mixers report of themselves in `diagnostics()`, averaged over the layers."""
+        found = (getattr(layer.mixer, "diagnostics", None) for layer in self.backbone.layers)
+        reports = [diagnostics() for diagnostics in found if callable(diagnostics)]
+        keys = reports[0] if reports else ()
+        return {key: sum(report[key] for report in reports) / len(reports) for key in keys}
+
+
+def make_norm(stack: StackConfig) -> nn.Module:
+    kind = nn.RMSNorm if stack.norm == "rms" else nn.LayerNorm
+    return kind(stack.d_model, eps=1e-5)
+
+
+def make_encoder(spec: ProblemSpec, d_model: int) -> nn.Module:
+    """An embedding for tokens, a linear map for values.
+
+    The linear map keeps its random bias: the pre-norm of a multiple of one vector knows only its
+    sign, so without the bias a single channel's magnitude would be lost.
+    """
+    if spec.input == "values":
+        return nn.Linear(spec.channels, d_model)
+    embedding = nn.Embedding(spec.vocab_size, d_model)
+    nn.init.normal_(embedding.weight, std=0.02)
+    return embedding
+
+
+def pool(x: Tensor, layout: Layout | None, kind: str) -> Tensor:
+    """(rows, length, d) to (rows, d), over the real steps."""
+    if kind == "mean":
+        if layout is None:
+            return x.mean(1)
+        return (x * layout.real).sum(1) / layout.lengths[:, None]
+    if kind == "max":
+        return (x if layout is None else x.masked_fill(~layout.real, -torch.inf)).amax(1)
+    if layout is None:
+        return x[:, -1]
+    return x[torch.arange(len(x), device=x.device), layout.lengths - 1]
