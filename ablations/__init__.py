@@ -1,0 +1,1 @@
+"""Sweeps of one design choice each: declarations (`*.yaml`) to read, copy and edit."""
