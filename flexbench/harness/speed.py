@@ -1,0 +1,154 @@
+"""Speed and memory of a training step, measured alone on the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexbench.harness.environment import environment, machine
+from flexbench.harness.events import Observer
+from flexbench.harness.locks import Machine
+from flexbench.harness.process import Died, Process, Raised, Returned, stop
+from flexbench.harness.trial import Order, make_optimizer, train_step
+from flexbench.interface import Batch
+from flexbench.models import build, resolve
+from flexbench.records import SpeedRecord, TrialConfig, read_speed_record, speed_path, write_json
+from flexbench.tasks.base import registry as task_registry
+from flexbench.tasks.store import Store
+
+WARM_UP = 2
+BUDGET_SECONDS = 2.0
+FEWEST, MOST = 3, 30
+"""How many steps are timed, whatever the budget."""
+
+
+class SpeedFailed(Exception):
+    """The measurement's process failed; the message's last line says how."""
+
+
+def speed_key(config: TrialConfig, threads: int) -> dict[str, Any]:
+    """What a measurement depends on, the machine apart."""
+    fields = {"suite", "task", "task_version", "task_options", "model", "model_version"}
+    fields |= {"model_options", "stack", "device"}
+    key = config.model_dump(mode="json", include=fields)
+    return {**key, "batch_size": config.training.batch_size, "threads": threads}
+
+
+def measure(config: TrialConfig, results: Path, store: Store) -> SpeedRecord:
+    """The measurement for a trial's task, model and batch size: read, or made and written.
+
+    Made in a fresh process with all of the machine's cores, while no trial computes.
+
+    Raises:
+        SpeedFailed: it ran out of memory, or the model failed.
+        CannotWrite: the results or cache directory cannot be written.
+    """
+    threads = torch.get_num_threads()
+    key = speed_key(config, threads)
+    where = machine(config.device)
+    try:
+        known = read_speed_record(speed_path(results, key, where))
+    except ValueError:
+        known = None
+    if known is not None:
+        return known
+    with Machine().exclusive():
+        process = Process(_measure, config, store, threads)
+        try:
+            message = process.read()
+        finally:
+            stop([process])
+    if isinstance(message, Raised):
+        raise SpeedFailed(message.text.strip().splitlines()[-1])
+    if isinstance(message, Died):
+        raise SpeedFailed(message.reason)
+    assert isinstance(message, Returned)
+    record = SpeedRecord(
+        key=key, machine=where, environment=environment(config.device), **message.value
+    )
+    write_json(record.path(results), record)
+    return record
+
+
+def _measure(config: TrialConfig, store: Store, threads: int, observe: Observer) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    device, training = config.device, config.training
+    data = task_registry.get(config.task).parse(config.task_options).load(store)
+    order = Order(len(data.train), training.batch_size, config.seed)
+    batches = [data.train.batch(order[step]).to(device) for step in range(WARM_UP + MOST)]
+    mixer = resolve(config.model).parse(config.model_options)
+
+    def steps(batches: Iterable[Batch]) -> Iterator[tuple[int, float]]:
+        """Tokens and seconds of each step of a new model, at a learning rate of 0."""
+        torch.manual_seed(config.seed)
+        model = build(data.spec, config.stack, mixer).to(device).train()
+        optimizer = make_optimizer(model, training, 0.0)
+        for batch in batches:
+            tokens, start = batch.tokens, _now(device)
+            train_step(model, optimizer, batch, training.clip)
+            yield tokens, _now(device) - start
+
+    # Libraries that load and threads that start with the first step are not the model's memory.
+    list(steps([data.train.batch(order[0][:1]).to(device)]))
+    footprint = _Footprint(device)
+    seconds: list[float] = []
+    speeds: list[float] = []
+    for step, (tokens, taken) in enumerate(steps(batches)):
+        if step >= WARM_UP:
+            seconds.append(taken)
+            speeds.append(tokens / taken)
+        if len(seconds) >= FEWEST and sum(seconds) > BUDGET_SECONDS:
+            break
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "step_seconds": statistics.median(seconds),
+        "peak_memory": footprint.growth(),
+        "repeats": len(seconds),
+    }
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class _Footprint:
+    """The most memory held since it was made, above what was held then, in bytes."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return
+        if sys.platform == "linux":
+            with suppress(OSError, AttributeError):  # another C library keeps what was freed
+                ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _peak_resident()
+
+    def growth(self) -> int:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self._before
+        return _peak_resident() - self._before
+
+
+def _peak_resident() -> int:
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,1 @@
+"""Task runners: one module a task, grouped in one package a suite."""

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from flexbench.tasks.base import registry
+
+TOYS = Path(__file__).parent / "toys"
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The toy tasks and mixers, registered while the test lasts; an empty cache of its own."""
+    monkeypatch.setenv("FLEXBENCH_CACHE", str(tmp_path / "cache"))
+    registry.names()
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.syspath_prepend(TOYS)
+    module = importlib.import_module("toys")
+    registry.register("toy")(module.Toy)
+    registry.register("toy-causal")(module.ToyCausal)
+    return module
