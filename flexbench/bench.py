@@ -1,7 +1,7 @@
 """Speed of the kernels and of a training step, each as a ratio to a named peer in the same run.
 
 Both sides of a measurement get the same inputs and threads and take turns, so that a busy machine
-slows both; the ratio is that of the medians.
+slows both; the ratio is that of the medians. Freed memory stays in the process, as in a trial.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from tqdm import tqdm
 
 from flexbench.config import StackConfig
 from flexbench.errors import UserError, did_you_mean
+from flexbench.harness.allocator import keep_freed_memory
 from flexbench.harness.environment import environment, machine
 from flexbench.kernels import causal_conv1d, selective_scan
 from flexbench.models import resolve
 from flexbench.models.stack import Backbone
 from flexbench.records import write_json
 
-SECONDS = 4.0
-"""What one side of a measurement may take; at least `FEWEST` repetitions are made."""
-FEWEST, MOST = 5, 50
+SECONDS = 10.0
+"""What a measurement may take; at least `FEWEST` repetitions are made."""
+FEWEST, MOST, TURN = 9, 60, 3
 
 Step = Callable[[], object]
 
@@ -165,6 +166,7 @@ def main(device: str, only: list[str], output: Path | None) -> None:
     for name in only:
         if name not in MEASUREMENTS:
             raise UserError(f"unknown measurement '{name}'{did_you_mean(name, MEASUREMENTS)}")
+    keep_freed_memory()
     torch.manual_seed(0)
     found: list[Measurement] = []
     missing: list[str] = []
@@ -202,17 +204,21 @@ def main(device: str, only: list[str], output: Path | None) -> None:
 
 
 def _take_turns(ours: Step, theirs: Step) -> tuple[float, float, int]:
-    """Median seconds of both, repeated in turn, and the number of repetitions."""
-    for step in (ours, theirs, ours):
-        step()
+    """Median seconds of both and the number of repetitions of each.
+
+    The sides take turns; a turn begins with a repetition that is not timed, which finds the caches
+    as the other side left them.
+    """
     mine: list[float] = []
     other: list[float] = []
     began = time.perf_counter()
-    while len(mine) < FEWEST or (len(mine) < MOST and time.perf_counter() - began < 2 * SECONDS):
+    while len(mine) < FEWEST or (len(mine) < MOST and time.perf_counter() - began < SECONDS):
         for step, seconds in ((ours, mine), (theirs, other)):
-            start = time.perf_counter()
             step()
-            seconds.append(time.perf_counter() - start)
+            for _ in range(TURN):
+                start = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - start)
     return statistics.median(mine), statistics.median(other), len(mine)
 
 

@@ -66,3 +66,11 @@ def cpu_refusal(tensors: Iterable[Tensor | None]) -> str | None:
     if any(t.dtype == torch.float64 for t in given):
         return "it computes in float32 and an input is float64"
     return None if compiled() else "its kernels could not be compiled"
+
+
+def is_eager(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether these are plain tensors of an ordinary call, neither traced nor without data."""
+    if torch.compiler.is_compiling():
+        return False
+    plain = (Tensor, torch.nn.Parameter)
+    return all(t is None or (type(t) in plain and t.device.type != "meta") for t in tensors)

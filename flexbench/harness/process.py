@@ -17,6 +17,7 @@ from typing import Any
 
 from flexbench import models, tasks
 from flexbench.errors import UserError
+from flexbench.harness.allocator import keep_freed_memory
 from flexbench.harness.events import Event
 from flexbench.harness.locks import Busy
 
@@ -117,6 +118,7 @@ def _epitaph(code: int) -> str:
 
 def _serve(outbox: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         message: Returned | Raised = Returned(function(*arguments, outbox.send))

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal
-from flexbench.kernels.conv.cpu import causal_conv1d_op
+from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal, is_eager
+from flexbench.kernels.conv.cpu import EagerConv, causal_conv1d_op
 from flexbench.kernels.conv.reference import causal_conv1d_reference
 
 BACKENDS = ("cpu", "reference")
@@ -60,5 +60,8 @@ def causal_conv1d(
         check_cu_seqlens(cu_seqlens, batch, length)
     refusal = {"cpu": cpu_refusal((x, weight, bias)), "reference": None}
     chosen = choose("causal_conv1d", backend, BACKENDS, refusal)
-    run = causal_conv1d_reference if chosen == "reference" else causal_conv1d_op
+    if chosen == "reference":
+        run = causal_conv1d_reference
+    else:
+        run = EagerConv.apply if is_eager((x, weight, bias)) else causal_conv1d_op
     return run(x, weight, bias, activation == "silu", cu_seqlens, reverse)

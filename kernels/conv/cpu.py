@@ -60,8 +60,7 @@ def _run(
     getattr(compiled, function)(ctypes.byref(args))
 
 
-@torch.library.custom_op("flexbench::causal_conv1d", mutates_args=(), device_types="cpu")
-def causal_conv1d_op(
+def conv_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -72,6 +71,11 @@ def causal_conv1d_op(
     y = torch.empty(x.shape, dtype=torch.float32)
     _run("flexbench_conv_forward", x, weight, bias, silu, cu_seqlens, reverse, y=y)
     return y.to(x.dtype)
+
+
+causal_conv1d_op = torch.library.custom_op(
+    "flexbench::causal_conv1d", conv_forward, mutates_args=(), device_types="cpu"
+)
 
 
 @causal_conv1d_op.register_fake
@@ -86,8 +90,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("flexbench::causal_conv1d_backward", mutates_args=(), device_types="cpu")
-def causal_conv1d_backward_op(
+def conv_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -111,6 +114,11 @@ def causal_conv1d_backward_op(
     return dx.to(x.dtype), dweight.to(weight.dtype), last
 
 
+causal_conv1d_backward_op = torch.library.custom_op(
+    "flexbench::causal_conv1d_backward", conv_backward, mutates_args=(), device_types="cpu"
+)
+
+
 @causal_conv1d_backward_op.register_fake
 def _(
     dy: Tensor,
@@ -131,12 +139,27 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, weight, bias, cu_seqlens)
 
 
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+def _gradients(ctx, backward, dy):  # type: ignore[no-untyped-def]
     x, weight, bias, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias = causal_conv1d_backward_op(
-        dy, x, weight, bias, ctx.silu, cu_seqlens, ctx.reverse
-    )
+    dx, dweight, dbias = backward(dy, x, weight, bias, ctx.silu, cu_seqlens, ctx.reverse)
     return dx, dweight, None if bias is None else dbias, None, None, None
 
 
-causal_conv1d_op.register_autograd(_backward, setup_context=_setup_context)
+causal_conv1d_op.register_autograd(
+    lambda ctx, dy: _gradients(ctx, causal_conv1d_backward_op, dy), setup_context=_setup_context
+)
+
+
+class EagerConv(torch.autograd.Function):
+    """The op without torch.library's dispatch, as for the scan."""
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def forward(*inputs):  # type: ignore[no-untyped-def]
+        return conv_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return _gradients(ctx, conv_backward, dy)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal
-from flexbench.kernels.scan.cpu import selective_scan_op
+from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal, is_eager
+from flexbench.kernels.scan.cpu import EagerScan, scan_forward, selective_scan_op
 from flexbench.kernels.scan.reference import selective_scan_reference
 
 BACKENDS = ("cpu", "reference")
@@ -80,7 +82,10 @@ def selective_scan(
         training = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in tensors
         )
-        y, last_state, _ = selective_scan_op(
+        run: Callable[..., tuple[Tensor, Tensor, Tensor]] = selective_scan_op
+        if is_eager(tensors):
+            run = EagerScan.apply if training else scan_forward
+        y, last_state, _ = run(
             *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
             *(initial_state, cu_seqlens, repeats, reverse, training),
         )

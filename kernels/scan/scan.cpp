@@ -107,16 +107,24 @@ inline Vec repeat_gain_slope(Vec x2, Vec gain, const PowerSums &p) {
 
 // Per-step quantities of one channel block over one tile.
 struct Tile {
-  Vec *u, *delta, *input, *y;          // Δ after bias and softplus; Δ u; sum over states of h C
-  Vec *slope, *dy, *ddelta, *dinput;   // backward: dΔ/draw; gradients of y, Δ's decay (/ln 2), Δ u
+  Vec u[TILE], delta[TILE], input[TILE], y[TILE];  // Δ with bias and softplus; Δ u; sum of h C
+  Vec apart[3];  // tiles of neighbouring blocks must not lie a multiple of 4 KiB apart
+};
+struct BackwardTile : Tile {
+  Vec slope[TILE], dy[TILE];        // dΔ / d(raw delta); gradient of the sum of h C
+  Vec ddelta[TILE], dinput[TILE];   // gradients of Δ through the decay, in units of ln 2, and of Δ u
+};
+
+// What all channel blocks share over one tile: its rows of B, C and repeats.
+struct Rows {
+  int steps;
   const float *B, *C;
   int64_t B_step, C_step;
   const int32_t *repeats;
   int64_t repeats_step;
-  int steps;
 
-  Tile from_state(int64_t n) const {
-    Tile part = *this;
+  Rows from_state(int64_t n) const {
+    Rows part = *this;
     part.B += n, part.C += n;
     return part;
   }
@@ -124,16 +132,17 @@ struct Tile {
 
 // Advances NB states through a tile; OUTPUT adds their share to y. KEEP stores decays and states for
 // the backward pass: kept_h[t] is the state before step t, kept_h[steps] the last.
-template <int NB, bool OUTPUT, bool KEEP, bool REPEATS>
-inline void advance(const Tile &tile, const Vec *A2, Vec *state, Vec *kept_h, Vec *kept_a) {
+template <int NB, bool NEAR, bool OUTPUT, bool KEEP, bool REPEATS>
+inline void advance_by(Tile &tile, const Rows &rows, const Vec *A2, Vec *state, Vec *kept_h,
+                       Vec *kept_a) {
   Vec h[NB];
   for (int n = 0; n < NB; ++n) h[n] = state[n];
-  const float *B = tile.B, *C = tile.C;
-  for (int t = 0; t < tile.steps; ++t) {
+  const float *B = rows.B, *C = rows.C;
+  for (int t = 0; t < rows.steps; ++t) {
     Vec delta = tile.delta[t], input = tile.input[t], y{};
     if (OUTPUT) y = tile.y[t];
     float m = 1;
-    if (REPEATS) m = (float)tile.repeats[t * tile.repeats_step];
+    if (REPEATS) m = (float)rows.repeats[t * rows.repeats_step];
     if (REPEATS && m > 1) {
       PowerSums sums(m);
 #pragma GCC unroll 1
@@ -147,19 +156,39 @@ inline void advance(const Tile &tile, const Vec *A2, Vec *state, Vec *kept_h, Ve
     } else {
 #pragma GCC unroll 16
       for (int n = 0; n < NB; ++n) {
-        Vec a = exp2v(delta * A2[n]);
+        Vec a = NEAR ? exp2_near(delta * A2[n]) : exp2v(delta * A2[n]);
         if (KEEP) kept_h[t * NB + n] = h[n], kept_a[t * NB + n] = a;
         h[n] = a * h[n] + input * B[n];
         if (OUTPUT) y += h[n] * C[n];
       }
     }
     if (OUTPUT) tile.y[t] = y;
-    B += tile.B_step, C += tile.C_step;
+    B += rows.B_step, C += rows.C_step;
   }
   for (int n = 0; n < NB; ++n) {
-    if (KEEP) kept_h[tile.steps * NB + n] = h[n];
+    if (KEEP) kept_h[rows.steps * NB + n] = h[n];
     state[n] = h[n];
   }
+}
+
+// Whether every Δ A of a tile lies where the cheaper exponential holds, as it mostly does in training.
+template <int NB>
+inline bool is_near(const Tile &tile, int steps, const Vec *A2) {
+  Vec low = tile.delta[0], high = low, steepest = A2[0], flattest = A2[0];
+  for (int t = 1; t < steps; ++t) low = vmin(low, tile.delta[t]), high = vmax(high, tile.delta[t]);
+  for (int n = 1; n < NB; ++n) steepest = vmin(steepest, A2[n]), flattest = vmax(flattest, A2[n]);
+  VecInt near = (low >= 0.0f) & (flattest <= 0.0f) & (high * steepest >= EXP2_NEAR);
+  for (int i = 0; i < LANES; ++i)
+    if (!near[i]) return false;
+  return true;
+}
+
+template <int NB, bool OUTPUT, bool KEEP, bool REPEATS>
+inline void advance(Tile &tile, const Rows &rows, const Vec *A2, Vec *state, Vec *kept_h, Vec *kept_a) {
+  if (is_near<NB>(tile, rows.steps, A2))
+    advance_by<NB, true, OUTPUT, KEEP, REPEATS>(tile, rows, A2, state, kept_h, kept_a);
+  else
+    advance_by<NB, false, OUTPUT, KEEP, REPEATS>(tile, rows, A2, state, kept_h, kept_a);
 }
 
 // States in chunks that fit the registers: calls visit<NB>(first state) for each.
@@ -171,23 +200,32 @@ void for_state_chunks(int64_t N, Visit visit) {
   for (; N - n >= 1; n += 1) visit(std::integral_constant<int, 1>(), n);
 }
 
-// A group of channel blocks over one tile. Rows are walked outside and blocks inside, so that memory
+// A group of channel blocks of one sequence. Rows are walked outside and blocks inside, so that memory
 // is read in its order.
 struct Group {
   const ScanArgs &a;
   const Sequence s;
   const int64_t first_block;
   const int blocks;
-  Tile tiles[MAX_BLOCKS];
 
   Group(const ScanArgs &args, int64_t sequence, int64_t first, int count)
       : a(args), s(args, sequence), first_block(first), blocks(count) {}
 
   Block block(int i) const { return Block(a, first_block + i); }
 
+  Rows rows(int64_t begin) const {
+    int64_t first = s.row(begin);
+    Rows r;
+    r.steps = (int)std::min<int64_t>(TILE, s.length - begin);
+    r.B = a.B + first * a.B_stride, r.B_step = s.step * a.B_stride;
+    r.C = a.C + first * a.C_stride, r.C_step = s.step * a.C_stride;
+    r.repeats = a.repeats ? a.repeats + first : nullptr, r.repeats_step = s.step;
+    return r;
+  }
+
   template <typename Visit>
-  void for_rows(int64_t begin, Visit visit) const {
-    for (int t = 0; t < tiles[0].steps; ++t) {
+  void for_rows(int64_t begin, int steps, Visit visit) const {
+    for (int t = 0; t < steps; ++t) {
       int64_t row = s.row(begin + t);
       for (int i = 0; i < blocks; ++i) {
         Block b = block(i);
@@ -199,28 +237,13 @@ struct Group {
     }
   }
 
-  // What a tile needs from the inputs.
-  void prepare(int64_t begin) {
-    int64_t first = s.row(begin);
-    for (int i = 0; i < blocks; ++i) {
-      Tile &tile = tiles[i];
-      tile.steps = (int)std::min<int64_t>(TILE, s.length - begin);
-      tile.B = a.B + first * a.B_stride, tile.B_step = s.step * a.B_stride;
-      tile.C = a.C + first * a.C_stride, tile.C_step = s.step * a.C_stride;
-      tile.repeats = a.repeats ? a.repeats + first : nullptr, tile.repeats_step = s.step;
-    }
-    for_rows(begin, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
-      const Tile &tile = tiles[i];
-      Vec u = load(a.u + row * a.u_stride + channel, lanes);
-      Vec raw = load(a.delta + row * a.delta_stride + channel, lanes);
-      if (a.delta_bias) raw += load(a.delta_bias + channel, lanes);
-      Vec delta = a.delta_softplus ? softplus(raw) : raw;
-      if (tile.slope) tile.slope[t] = a.delta_softplus ? sigmoid(raw) : splat(1.0f);
-      tile.u[t] = u;
-      tile.delta[t] = delta;
-      tile.input[t] = delta * u;
-      tile.y[t] = Vec{};
-    });
+  // Δ with its bias, and the slope of what makes it from delta.
+  template <typename Lanes>
+  Vec step_size(int64_t row, int64_t channel, Lanes lanes, Vec *slope) const {
+    Vec raw = load(a.delta + row * a.delta_stride + channel, lanes);
+    if (a.delta_bias) raw += load(a.delta_bias + channel, lanes);
+    if (slope) *slope = a.delta_softplus ? sigmoid(raw) : splat(1.0f);
+    return a.delta_softplus ? softplus(raw) : raw;
   }
 };
 
@@ -232,16 +255,13 @@ void load_A(const ScanArgs &a, const Block &b, Vec *A2) {
 template <bool REPEATS>
 void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int blocks) {
   const int64_t N = a.state;
-  Group group(a, sequence, first_block, blocks);
+  const Group group(a, sequence, first_block, blocks);
   const Sequence &s = group.s;
-  Scratch scratch(blocks * (2 * N + 4 * TILE));
-  Vec *at = scratch.get();
-  Vec *A2 = at, *h = at + N * blocks;
-  at += 2 * N * blocks;
+  Scratch scratch(2 * N * blocks);
+  Vec *A2 = scratch.get(), *h = A2 + N * blocks;
+  Tile tiles[MAX_BLOCKS];
   for (int i = 0; i < blocks; ++i) {
     Block b = group.block(i);
-    Tile &tile = group.tiles[i] = Tile{};
-    for (Vec **array : {&tile.u, &tile.delta, &tile.input, &tile.y}) *array = at, at += TILE;
     load_A(a, b, A2 + i * N);
     if (a.initial_state)
       gather_states(a.initial_state + sequence * a.dim * N, b, N, h + i * N);
@@ -249,7 +269,13 @@ void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int 
       std::fill_n(h + i * N, N, Vec{});
   }
   for (int64_t begin = 0; begin < s.length; begin += TILE) {
-    group.prepare(begin);
+    const Rows rows = group.rows(begin);
+    group.for_rows(begin, rows.steps, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
+      Vec u = load(a.u + row * a.u_stride + channel, lanes);
+      Vec delta = group.step_size(row, channel, lanes, nullptr);
+      tiles[i].u[t] = u, tiles[i].delta[t] = delta, tiles[i].input[t] = delta * u;
+      tiles[i].y[t] = Vec{};
+    });
     for (int i = 0; i < blocks; ++i) {
       Block b = group.block(i);
       if (a.checkpoints) {
@@ -257,14 +283,13 @@ void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int 
         for (int64_t n = 0; n < N; ++n) store(slot + n * a.dim, h[i * N + n], b.lanes);
       }
       for_state_chunks(N, [&](auto size, int64_t n) {
-        advance<size.value, true, false, REPEATS>(group.tiles[i].from_state(n), A2 + i * N + n,
+        advance<size.value, true, false, REPEATS>(tiles[i], rows.from_state(n), A2 + i * N + n,
                                                   h + i * N + n, nullptr, nullptr);
       });
     }
-    group.for_rows(begin, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
-      const Tile &tile = group.tiles[i];
-      Vec y = tile.y[t];
-      if (a.D) y += load(a.D + channel, lanes) * tile.u[t];
+    group.for_rows(begin, rows.steps, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
+      Vec y = tiles[i].y[t];
+      if (a.D) y += load(a.D + channel, lanes) * tiles[i].u[t];
       if (a.z) {
         Vec z = load(a.z + row * a.z_stride + channel, lanes);
         y *= z * sigmoid(z);
@@ -278,24 +303,26 @@ void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int 
 
 // Walks NB states back through a tile. dB and dC are kept per lane: lanes are summed once a tile.
 template <int NB, bool REPEATS>
-inline void retreat(const Tile &tile, const Vec *A2, Vec *dstate, Vec *dA_sum, const Vec *kept_h,
-                    const Vec *kept_a, Vec *dB, Vec *dC) {
-  Vec dh[NB], dA[NB];
-  for (int n = 0; n < NB; ++n) dh[n] = dstate[n], dA[n] = dA_sum[n];
-  for (int t = tile.steps - 1; t >= 0; --t) {
-    const float *B = tile.B + t * tile.B_step, *C = tile.C + t * tile.C_step;
+inline void retreat(BackwardTile &tile, const Rows &rows, const Vec *A2, Vec *dstate, Vec *dA_sum,
+                    const Vec *kept_h, const Vec *kept_a, Vec *dB, Vec *dC) {
+  Vec dh[NB], dA[NB], after[NB];  // after: the state after the step at hand
+  for (int n = 0; n < NB; ++n)
+    dh[n] = dstate[n], dA[n] = dA_sum[n], after[n] = kept_h[rows.steps * NB + n];
+  for (int t = rows.steps - 1; t >= 0; --t) {
+    const float *B = rows.B + t * rows.B_step, *C = rows.C + t * rows.C_step;
     Vec delta = tile.delta[t], input = tile.input[t], dy = tile.dy[t];
     Vec through_decay = tile.ddelta[t], through_input = tile.dinput[t];
     const Vec *h = kept_h + t * NB, *a = kept_a + t * NB;
     float m = 1;
-    if (REPEATS) m = (float)tile.repeats[t * tile.repeats_step];
+    if (REPEATS) m = (float)rows.repeats[t * rows.repeats_step];
     if (REPEATS && m > 1) {
       PowerSums sums(m);
 #pragma GCC unroll 1
       for (int n = 0; n < NB; ++n) {
         Vec x2 = delta * A2[n];
         Vec gain = repeat_gain(x2, sums), slope = repeat_gain_slope(x2, gain, sums);
-        dC[t * NB + n] += dy * h[NB + n];
+        dC[t * NB + n] += dy * after[n];
+        after[n] = h[n];
         Vec d = dh[n] + dy * C[n];
         through_input += d * B[n] * gain;
         dB[t * NB + n] += d * input * gain;
@@ -307,12 +334,13 @@ inline void retreat(const Tile &tile, const Vec *A2, Vec *dstate, Vec *dA_sum, c
     } else {
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) {
-        dC[t * NB + n] += dy * h[NB + n];
+        dC[t * NB + n] += dy * after[n];
+        after[n] = h[n];
         Vec d = dh[n] + dy * C[n];
         through_input += d * B[n];
         dB[t * NB + n] += d * input;
         d *= a[n];
-        Vec q = d * h[n];
+        Vec q = d * after[n];
         through_decay += q * A2[n];
         dA[n] += q * delta;
         dh[n] = d;
@@ -327,27 +355,21 @@ template <bool REPEATS>
 void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int blocks, float *dB_out,
                    float *dC_out, float *dA_out, float *dD_out, float *dbias_out) {
   const int64_t N = a.state;
-  Group group(a, sequence, first_block, blocks);
+  const Group group(a, sequence, first_block, blocks);
   const Sequence &s = group.s;
-  constexpr int APART = 13;  // vectors: arrays a multiple of 4 KiB apart would stall each other
-  Scratch scratch(blocks * (4 * N + 8 * TILE) + (4 * TILE + 1) * CHUNK + 4 * APART);
-  Vec *at = scratch.get();
-  auto take = [&at](int64_t count) { return std::exchange(at, at + count); };
-  Vec *kept_h = take((TILE + 1) * CHUNK + APART), *kept_a = take(TILE * CHUNK + APART);
-  Vec *dB = take(TILE * CHUNK + APART), *dC = take(TILE * CHUNK + APART);
   struct {
     Vec *A2, *h, *dh, *dA;  // (state,)
-    Vec dD, dbias;
+    Vec dD{}, dbias{};
   } sums[MAX_BLOCKS];
+  BackwardTile tiles[MAX_BLOCKS];
+  // The odd sizes keep the arrays from lying a multiple of 4 KiB apart, which would stall them.
+  Vec kept_h[(TILE + 1) * CHUNK + 5], kept_a[TILE * CHUNK + 13], dB[TILE * CHUNK + 13], dC[TILE * CHUNK];
+  Scratch scratch(4 * N * blocks);
   for (int i = 0; i < blocks; ++i) {
     Block b = group.block(i);
     auto &sum = sums[i];
-    sum.A2 = take(N), sum.h = take(N), sum.dh = take(N), sum.dA = take(N);
-    sum.dD = Vec{}, sum.dbias = Vec{};
-    Tile &tile = group.tiles[i];
-    for (Vec **array : {&tile.u, &tile.delta, &tile.input, &tile.y, &tile.slope, &tile.dy,
-                        &tile.ddelta, &tile.dinput})
-      *array = take(TILE);
+    sum.A2 = scratch.get() + 4 * N * i;
+    sum.h = sum.A2 + N, sum.dh = sum.h + N, sum.dA = sum.dh + N;
     load_A(a, b, sum.A2);
     std::fill_n(sum.dA, N, Vec{});
     if (a.dlast)
@@ -358,36 +380,39 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
 
   for (int64_t k = (s.length + TILE - 1) / TILE - 1; k >= 0; --k) {
     const int64_t begin = k * TILE;
-    group.prepare(begin);
-    const int steps = group.tiles[0].steps;
+    const Rows rows = group.rows(begin);
+    const int steps = rows.steps;
+    group.for_rows(begin, steps, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
+      BackwardTile &tile = tiles[i];
+      Vec u = load(a.u + row * a.u_stride + channel, lanes);
+      Vec delta = group.step_size(row, channel, lanes, &tile.slope[t]);
+      Vec g = load(a.dout + row * a.dout_stride + channel, lanes);
+      if (a.z) {
+        Vec z = load(a.z + row * a.z_stride + channel, lanes);
+        g *= z * sigmoid(z);
+        tile.y[t] = Vec{};
+      }
+      tile.u[t] = u, tile.delta[t] = delta, tile.input[t] = delta * u, tile.dy[t] = g;
+      tile.ddelta[t] = Vec{}, tile.dinput[t] = Vec{};
+    });
     for (int i = 0; i < blocks; ++i) {
       Block b = group.block(i);
       const float *slot = a.checkpoints + (s.first_tile + k) * N * a.dim + b.channel;
       for (int64_t n = 0; n < N; ++n) sums[i].h[n] = load(slot + n * a.dim, b.lanes);
     }
-    group.for_rows(begin, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
-      const Tile &tile = group.tiles[i];
-      Vec g = load(a.dout + row * a.dout_stride + channel, lanes);
-      if (a.z) {
-        Vec z = load(a.z + row * a.z_stride + channel, lanes);
-        g *= z * sigmoid(z);
-      }
-      tile.dy[t] = g;
-      tile.ddelta[t] = Vec{}, tile.dinput[t] = Vec{};
-    });
     // States outside, channel blocks inside: what a chunk keeps stays in the first-level cache.
     for_state_chunks(N, [&](auto size, int64_t n) {
       constexpr int NB = size.value;
+      const Rows part = rows.from_state(n);
       std::fill_n(dB, steps * NB, Vec{});
       std::fill_n(dC, steps * NB, Vec{});
       for (int i = 0; i < blocks; ++i) {
         auto &sum = sums[i];
-        Tile part = group.tiles[i].from_state(n);
         if (a.z)
-          advance<NB, true, true, REPEATS>(part, sum.A2 + n, sum.h + n, kept_h, kept_a);
+          advance<NB, true, true, REPEATS>(tiles[i], part, sum.A2 + n, sum.h + n, kept_h, kept_a);
         else
-          advance<NB, false, true, REPEATS>(part, sum.A2 + n, sum.h + n, kept_h, kept_a);
-        retreat<NB, REPEATS>(part, sum.A2 + n, sum.dh + n, sum.dA + n, kept_h, kept_a, dB, dC);
+          advance<NB, false, true, REPEATS>(tiles[i], part, sum.A2 + n, sum.h + n, kept_h, kept_a);
+        retreat<NB, REPEATS>(tiles[i], part, sum.A2 + n, sum.dh + n, sum.dA + n, kept_h, kept_a, dB, dC);
       }
       for (int t = 0; t < steps; ++t) {
         int64_t at_row = s.row(begin + t) * N + n;
@@ -397,8 +422,8 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
         }
       }
     });
-    group.for_rows(begin, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
-      const Tile &tile = group.tiles[i];
+    group.for_rows(begin, steps, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
+      const BackwardTile &tile = tiles[i];
       Vec D = a.D ? load(a.D + channel, lanes) : Vec{};
       if (a.z) {
         Vec z = load(a.z + row * a.z_stride + channel, lanes), open = sigmoid(z);
