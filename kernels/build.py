@@ -123,7 +123,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+_available: bool | None = None
+
+
 def compiled() -> bool:
-    """Whether the compiled kernels are to be had; a constant to torch.compile."""
-    return library() is not None
+    """Whether the compiled kernels are to be had.
+
+    A trace cannot look, and takes what was found before, or else that they are.
+    """
+    global _available
+    if _available is None and not torch.compiler.is_compiling():
+        _available = library() is not None
+    return _available is not False

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import platformdirs
 import pooch  # type: ignore[import-untyped]
 from filelock import FileLock
 from requests.exceptions import ConnectionError, HTTPError, RequestException
 from tqdm import tqdm
 
+from flexbench.cache import cache_directory
 from flexbench.config import digest
 from flexbench.errors import DataUnavailable, UserError
 
@@ -315,8 +315,7 @@ class Store:
         offline: bool = False,
         force: bool = False,
     ) -> None:
-        default = os.environ.get("FLEXBENCH_CACHE") or platformdirs.user_cache_dir("flexbench")
-        self.cache = Path(cache or default).expanduser().absolute()
+        self.cache = Path(cache or cache_directory()).expanduser().absolute()
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser().absolute()
         self.offline = offline
         self.force = force

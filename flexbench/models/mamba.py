@@ -70,8 +70,9 @@ class Mamba(nn.Module):
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, device=device, dtype=dtype)
         self.dt_proj = nn.Linear(rank, inner, device=device, dtype=dtype)
         self._initialise_step(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
-        decay = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
-        self.A_log = nn.Parameter(decay.log().repeat(inner, 1))
+        self.A_log = nn.Parameter(torch.empty(inner, d_state, device=device))
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, d_state + 1, dtype=torch.float32, device="cpu").log())
         self.D = nn.Parameter(torch.ones(inner, device=device))
         self.out_proj = nn.Linear(inner, d_model, bias=bias, device=device, dtype=dtype)
 
@@ -87,6 +88,8 @@ class Mamba(nn.Module):
         """Δ's projection preserves variance; its bias makes Δ log-uniform in low..high."""
         bound = scale * self.dt_rank**-0.5
         weight, bias = self.dt_proj.weight, self.dt_proj.bias
+        if weight.is_meta:  # where torch's decompositions would import torch._dynamo: seconds
+            return
         if init == "constant":
             nn.init.constant_(weight, bound)
         elif init == "random":

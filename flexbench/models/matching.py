@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from flexbench.config import StackConfig
@@ -13,6 +15,7 @@ TOLERANCE = 0.02
 """Largest relative difference at which two backbones count as matched."""
 
 
+@functools.lru_cache(maxsize=4096)
 def backbone_parameters(mixer: MixerConfig, stack: StackConfig) -> int:
     """Parameters of the backbone: embedding and head left out, counted on paper if it can be."""
     try:
