@@ -1,6 +1,7 @@
 // Vectors of floats over channels, by the compiler's vector extension (GCC and Clang, any target).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -118,6 +119,13 @@ static inline float sum_lanes(const Vec &x) {
   Quad sum = quads[0];
   for (int i = 1; i < LANES / 4; ++i) sum += quads[i];
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// Threads worth waking for so many elementary steps, at most one an item: a wake-up costs
+// microseconds, and far more where other programs want the same cores.
+static inline int worthwhile(int threads, int64_t items, int64_t steps) {
+  int64_t useful = 1 + steps / 65536;
+  return (int)std::max<int64_t>(1, std::min({(int64_t)threads, items, useful}));
 }
 
 // Scratch memory of one work item, aligned to a vector.

@@ -3,11 +3,15 @@
 from flexbench.config import StackConfig
 from flexbench.interface import ProblemSpec
 from flexbench.models.base import MixerConfig, registry
+from flexbench.models.bimamba import BiMamba
 from flexbench.models.external import external
+from flexbench.models.mamba import Mamba
 from flexbench.models.matching import backbone_parameters, is_matched, match_width
 from flexbench.models.stack import SequenceModel
 
 __all__ = [
+    "BiMamba",
+    "Mamba",
     "MixerConfig",
     "SequenceModel",
     "backbone_parameters",

@@ -139,7 +139,8 @@ template <int W>
 void forward(const ConvArgs &a) {
   std::vector<Chunk> chunks = cut(a);
   std::vector<float> taps = transpose_taps(a);
-#pragma omp parallel for num_threads(a.threads) schedule(static)
+  const int threads = worthwhile(a.threads, chunks.size(), a.cu_seqlens[a.sequences] * a.dim);
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (size_t i = 0; i < chunks.size(); ++i) forward_chunk<W>(a, chunks[i], taps.data());
 }
 
@@ -149,7 +150,8 @@ void backward(const ConvArgs &a) {
   std::vector<float> taps = transpose_taps(a);
   const int64_t size = a.dim * (W + 1);
   std::unique_ptr<float[]> parts(new float[chunks.size() * size]);
-#pragma omp parallel for num_threads(a.threads) schedule(static)
+  const int threads = worthwhile(a.threads, chunks.size(), a.cu_seqlens[a.sequences] * a.dim);
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (size_t i = 0; i < chunks.size(); ++i)
     backward_chunk<W>(a, chunks[i], taps.data(), parts.get() + i * size);
   std::vector<float> total(size, 0.0f);

@@ -237,6 +237,32 @@ struct Group {
     }
   }
 
+  // Asks for a tile's rows (the group's channels of them) ahead of their use, to read or to write.
+  template <bool WRITE>
+  void prefetch(const float *base, int64_t stride, int64_t begin) const {
+    if (!base || begin < 0) return;
+    const int64_t end = std::min(begin + TILE, s.length);
+    const int64_t channel = first_block * LANES;
+    const int64_t width = std::min(a.dim - channel, (int64_t)blocks * LANES);
+    for (int64_t t = begin; t < end; ++t) {
+      const float *row = base + s.row(t) * stride + channel;
+      for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c, WRITE, 2);
+    }
+  }
+  void prefetch_checkpoint(int64_t tile, bool write) const {
+    if (!a.checkpoints || tile < 0) return;
+    const int64_t channel = first_block * LANES;
+    const int64_t width = std::min(a.dim - channel, (int64_t)blocks * LANES);
+    const float *slot = a.checkpoints + (s.first_tile + tile) * a.state * a.dim + channel;
+    for (int64_t n = 0; n < a.state; ++n, slot += a.dim)
+      for (int64_t c = 0; c < width; c += 16) {
+        if (write)
+          __builtin_prefetch(slot + c, 1, 2);
+        else
+          __builtin_prefetch(slot + c, 0, 2);
+      }
+  }
+
   // Δ with its bias, and the slope of what makes it from delta.
   template <typename Lanes>
   Vec step_size(int64_t row, int64_t channel, Lanes lanes, Vec *slope) const {
@@ -276,6 +302,11 @@ void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int 
       tiles[i].u[t] = u, tiles[i].delta[t] = delta, tiles[i].input[t] = delta * u;
       tiles[i].y[t] = Vec{};
     });
+    group.prefetch<false>(a.u, a.u_stride, begin + TILE);
+    group.prefetch<false>(a.delta, a.delta_stride, begin + TILE);
+    group.prefetch<false>(a.z, a.z_stride, begin + TILE);
+    group.prefetch<true>(a.out, a.dim, begin);
+    if (begin + TILE < s.length) group.prefetch_checkpoint(begin / TILE + 1, true);
     for (int i = 0; i < blocks; ++i) {
       Block b = group.block(i);
       if (a.checkpoints) {
@@ -395,6 +426,14 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
       tile.u[t] = u, tile.delta[t] = delta, tile.input[t] = delta * u, tile.dy[t] = g;
       tile.ddelta[t] = Vec{}, tile.dinput[t] = Vec{};
     });
+    group.prefetch<false>(a.u, a.u_stride, begin - TILE);
+    group.prefetch<false>(a.delta, a.delta_stride, begin - TILE);
+    group.prefetch<false>(a.dout, a.dout_stride, begin - TILE);
+    group.prefetch<false>(a.z, a.z_stride, begin - TILE);
+    group.prefetch_checkpoint(k - 1, false);
+    group.prefetch<true>(a.du, a.dim, begin);
+    group.prefetch<true>(a.ddelta, a.dim, begin);
+    group.prefetch<true>(a.dz, a.dim, begin);
     for (int i = 0; i < blocks; ++i) {
       Block b = group.block(i);
       const float *slot = a.checkpoints + (s.first_tile + k) * N * a.dim + b.channel;
@@ -450,6 +489,7 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
 
 // out[i] = sum over parts of parts[p][i], in the order of the parts.
 void sum_parts(const float *parts, int64_t count, int64_t size, float *out, int threads) {
+  threads = worthwhile(threads, size, count * size);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < size; ++i) {
     float total = 0;
@@ -466,8 +506,10 @@ void flexbench_scan_forward(const ScanArgs *args) {
   const ScanArgs &a = *args;
   const int size = group_blocks(a);
   const int64_t blocks = (a.dim + LANES - 1) / LANES, groups = (blocks + size - 1) / size;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
-  for (int64_t item = 0; item < a.sequences * groups; ++item) {
+  const int64_t items = a.sequences * groups;
+  const int threads = worthwhile(a.threads, items, a.cu_seqlens[a.sequences] * a.dim * a.state);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t item = 0; item < items; ++item) {
     int64_t sequence = item / groups, first = item % groups * size;
     int count = (int)std::min<int64_t>(size, blocks - first);
     (a.repeats ? forward_item<true> : forward_item<false>)(a, sequence, first, count);
@@ -493,8 +535,10 @@ void flexbench_scan_backward(const ScanArgs *args) {
   float *dB_parts = groups > 1 ? dBC.get() : a.dB;
   float *dC_parts = groups > 1 ? dBC.get() + groups * per_group : a.dC;
   float *dbias = dD.get() + a.sequences * a.dim;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
-  for (int64_t item = 0; item < a.sequences * groups; ++item) {
+  const int64_t items = a.sequences * groups;
+  const int threads = worthwhile(a.threads, items, a.cu_seqlens[a.sequences] * a.dim * a.state);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t item = 0; item < items; ++item) {
     int64_t sequence = item / groups, group = item % groups, first = group * size;
     int count = (int)std::min<int64_t>(size, blocks - first);
     (a.repeats ? backward_item<true> : backward_item<false>)(
