@@ -5,8 +5,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from flexbench.tasks.base import registry
+
+# Small tensors gain nothing from threads, and lose much where several test processes share cores.
+torch.set_num_threads(1)
 
 TOYS = Path(__file__).parent / "toys"
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flexbench.config import PRESETS, StrictModel
+from flexbench.config import PRESETS, StrictModel, TrainingConfig
 from flexbench.errors import UserError
 from flexbench.harness.speed import speed_key
 from flexbench.harness.sweep import BASELINE
@@ -350,7 +350,7 @@ def _settings(config: TrialConfig) -> dict[str, Any]:
         **_flat("task", config.task_options),
         **_flat("model", config.model_options),
         **_flat("stack", config.stack),
-        **_flat("training", config.training),
+        **_training(config.training),
         "device": config.device,
         "threads": config.threads,
         "task version": config.task_version,
@@ -365,7 +365,7 @@ def _overrides(config: TrialConfig) -> tuple[str, ...]:
     if task and config.preset in task.presets:
         preset = task.presets[config.preset]
         standard |= _flat("task", task.parse(preset.options))
-        standard |= _flat("stack", preset.stack) | _flat("training", preset.training)
+        standard |= _flat("stack", preset.stack) | _training(preset.training)
     if model:
         standard |= _flat("model", model.parse({}))
         standard.pop("model.d_inner", None)  # solved to match parameters
@@ -398,7 +398,8 @@ def _tell_apart(rows: list[Row]) -> list[Row]:
 
 def _conditions(config: TrialConfig) -> str:
     model_apart = {"model", "model_version", "model_options", "learning_rate", "seed"}
-    return _canonical(config.model_dump(mode="json", exclude=model_apart))
+    plain = config.model_dump(mode="json", exclude=model_apart | {"training"})
+    return _canonical(plain | _training(config.training))
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -413,6 +414,11 @@ def _rank(preset: str) -> tuple[int, str]:
 def _flat(prefix: str, values: StrictModel | Mapping[str, Any]) -> dict[str, Any]:
     plain = values.model_dump(mode="json") if isinstance(values, StrictModel) else values
     return {f"{prefix}.{key}": value for key, value in plain.items()}
+
+
+def _training(training: TrainingConfig) -> dict[str, Any]:
+    """Without the grid, which decides no number of a trial: only its rate does."""
+    return _flat("training", training.model_copy(update={"learning_rates": ()}))
 
 
 def _plain(value: Any) -> str:
