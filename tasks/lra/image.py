@@ -85,7 +85,11 @@ class Image(Task):
         "quick": Preset(
             options={"size": 16},
             training=TrainingConfig(
-                steps=500, batch_size=32, learning_rates=(3e-3,), validation_examples=1000
+                steps=950,
+                batch_size=16,
+                learning_rates=(3e-3,),
+                evaluations=5,
+                validation_examples=1000,
             ),
         ),
         "small": Preset(

@@ -214,7 +214,9 @@ class ListOps(TreeBounds, Task):
                 "max_args": 5,
                 "train": 50_000,
             },
-            training=TrainingConfig(steps=1400, learning_rates=(3e-3,)),
+            training=TrainingConfig(
+                steps=2600, learning_rates=(3e-3,), evaluations=6, validation_examples=1000
+            ),
         ),
         "small": Preset(
             stack=StackConfig(d_model=128, n_layers=4),

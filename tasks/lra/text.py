@@ -107,9 +107,13 @@ class Text(Task):
     resources = (IMDB,)
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
-            options={"max_length": 256, "crop": "tail"},
+            options={"max_length": 256, "crop": "tail", "test": 5000},
             training=TrainingConfig(
-                steps=800, batch_size=16, learning_rates=(5e-3,), validation_examples=1000
+                steps=900,
+                batch_size=16,
+                learning_rates=(2e-3,),
+                evaluations=5,
+                validation_examples=1000,
             ),
         ),
         "small": Preset(
@@ -133,6 +137,7 @@ class Text(Task):
 
     max_length: int = Field(4096, ge=16, description="characters, the end mark included")
     crop: Crop = Field("head", description="which part of a longer review is kept")
+    test: int = Field(25_000, ge=1, le=25_000, description="test reviews, the first ones")
 
     def prepare(self, store: Store) -> None:
         store.convert(self.name, self.version, {}, IMDB, _build)
@@ -140,13 +145,11 @@ class Text(Task):
     def load(self, store: Store) -> TaskData:
         prepared = store.load(self.name, self.version, {})
 
-        def split(name: str, which: str | None = None) -> TokenSplit:
-            chosen = None if which is None else prepared[which]
-            labels = prepared[f"{name}_labels"]
+        def split(name: str, rows: np.ndarray) -> TokenSplit:
             return TokenSplit(
                 Ragged(prepared[f"{name}_tokens"], prepared[f"{name}_offsets"]),
-                labels if chosen is None else labels[chosen],
-                chosen,
+                prepared[f"{name}_labels"][rows],
+                rows,
                 max_length=self.max_length,
                 crop=self.crop,
                 end=END,
@@ -160,9 +163,9 @@ class Text(Task):
         )
         return TaskData(
             spec,
-            train=split("train", "train_rows"),
-            validation=split("train", "validation_rows"),
-            test=split("test"),
+            train=split("train", prepared["train_rows"]),
+            validation=split("train", prepared["validation_rows"]),
+            test=split("test", np.arange(len(prepared["test_labels"]))[: self.test]),
             source=prepared.source,
         )
 
