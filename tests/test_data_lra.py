@@ -387,7 +387,32 @@ def test_manpages_are_balanced_split_by_page_and_deterministic(library, tmp_path
     batch = data.train.batch(np.arange(4))
     assert batch.inputs.shape == (8, 64)
     assert len(batch.labels) == 4
-    assert manpages.Manpages().trivial_predictors(data)["majority class"] == 0.5
+    scores = manpages.Manpages().trivial_predictors(data)
+    assert scores["majority class"] == 0.5
+    assert 0 <= scores["cosine of character counts"] <= 1
+
+
+def test_negatives_of_manpages_are_redrawn_for_training_alone(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(manpages, "MANPAGES", pinned({"debian": library}, manpages.MANPAGES))
+    store = Store(tmp_path, data_dir=library[0].parent, offline=True)
+    manpages.Manpages().prepare(store)
+    data = manpages.Manpages(tokens="words", max_length=32).load(store)
+    shares = []
+    for split in (data.train, data.validation, data.test):
+        negatives = split.which[split.labels == 0].tolist()
+        shares.append(len(set(map(tuple, negatives))) / len(negatives))
+    assert shares[0] > 1.5 / manpages.TRAINING_DRAWS
+    assert shares[1:] == [1, 1]
+    words = manpages.hash_words("description alpha beta gamma delta")
+    assert set(data.train.batch(np.arange(8)).inputs.unique().tolist()) <= {0, END, *words}
+
+
+def test_words_are_hashed_whatever_their_case_and_punctuation():
+    ids = manpages.hash_words("Open the file: pthread_mutex 64bit")
+    assert ids.tolist() == manpages.hash_words("open THE file pthread mutex 64 bit").tolist()
+    assert ids.min() >= SPECIAL
+    assert ids.max() < SPECIAL + manpages.HASHES
+    assert len(set(ids.tolist())) == 7
 
 
 # -- retrieval -----------------------------------------------------------------------------------

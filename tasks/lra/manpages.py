@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -55,7 +56,9 @@ ALPHABET = np.concatenate([np.array([0x0A], dtype=np.uint32), PRINTABLE])
 STORED_LENGTH = 4000
 SHORTEST = 200
 SHARES = {"train": 0.6, "validation": 0.15, "test": 0.25}
-LARGEST_FAMILY = 40
+LARGEST_FAMILY = 10
+TRAINING_DRAWS = 4
+HASHES = 1024
 
 Link = tuple[str, str]
 
@@ -65,15 +68,17 @@ class Manpages(Task):
     """Does page A list page B under SEE ALSO? Two texts in, one of two classes out."""
 
     suite = "lra"
-    summary = "SEE ALSO links among Linux manual pages, by characters, two towers"
+    version = 2
+    summary = "SEE ALSO links among Linux manual pages, two towers"
     chance = 0.5
     license = "Linux man-pages: various free licences, named in each page"
     resources = (MANPAGES,)
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
-            options={"max_length": 256},
+            options={"tokens": "words", "max_length": 64},
+            stack=StackConfig(d_model=64, n_layers=1, dropout=0.2),
             training=TrainingConfig(
-                steps=600, batch_size=16, learning_rates=(5e-3,), validation_examples=1010
+                steps=500, batch_size=32, learning_rates=(2e-3,), weight_decay=0.05, evaluations=4
             ),
         ),
         "small": Preset(
@@ -94,8 +99,11 @@ class Manpages(Task):
         ),
     }
 
+    tokens: Literal["characters", "words"] = Field(
+        "characters", description="words: of small letters, or of digits, hashed into 1,024 ids"
+    )
     max_length: int = Field(
-        STORED_LENGTH, ge=16, le=STORED_LENGTH, description="characters, the end mark included"
+        STORED_LENGTH, ge=16, le=STORED_LENGTH, description="tokens, the end mark included"
     )
     crop: Crop = Field("head", description="which part of a longer page is kept")
 
@@ -104,7 +112,7 @@ class Manpages(Task):
 
     def load(self, store: Store) -> TaskData:
         prepared = store.load(self.name, self.version, {})
-        pages = Ragged(prepared["tokens"], prepared["offsets"])
+        pages = Ragged(prepared[self.tokens], prepared[f"{self.tokens}_offsets"])
 
         def split(name: str) -> TokenSplit:
             return TokenSplit(
@@ -120,7 +128,7 @@ class Manpages(Task):
             input="tokens",
             classes=2,
             max_length=self.max_length,
-            vocab_size=SPECIAL + len(ALPHABET),
+            vocab_size=SPECIAL + (HASHES if self.tokens == "words" else len(ALPHABET)),
             towers=2,
         )
         return TaskData(
@@ -128,9 +136,11 @@ class Manpages(Task):
         )
 
     def trivial_predictors(self, data: TaskData) -> dict[str, float]:
+        token = self.tokens.removesuffix("s")
         return {
             "majority class": trivial.majority(data.train, data.test),
-            "linear on character counts": trivial.linear(data),
+            f"linear on {token} counts": trivial.linear(data),
+            f"cosine of {token} counts": trivial.cosine(data),
         }
 
 
@@ -140,20 +150,28 @@ def _build(folder: Path, raw: Raw) -> None:
         name: text for name in sorted(sources) if len(text := render(sources[name])) >= SHORTEST
     }
     links = {link for link in find_links(sources, aliases) if link[0] in pages and link[1] in pages}
-    tokens = to_ragged([encode(text[:STORED_LENGTH], ALPHABET) for text in pages.values()])
-    np.save(folder / "tokens.npy", tokens.flat)
-    np.save(folder / "offsets.npy", tokens.offsets)
+    texts = [text[:STORED_LENGTH] for text in pages.values()]
+    for kind, tokens in (
+        ("characters", to_ragged([encode(text, ALPHABET) for text in texts])),
+        ("words", to_ragged([hash_words(text) for text in texts])),
+    ):
+        np.save(folder / f"{kind}.npy", tokens.flat)
+        np.save(folder / f"{kind}_offsets.npy", tokens.offsets)
     numbers = {name: number for number, name in enumerate(pages)}
     members = split_pages(list(pages), links)
     for seed, (split, names) in enumerate(members.items()):
         inside = sorted(link for link in links if link[0] in names and link[1] in names)
-        positives, negatives = balance(inside, links, np.random.default_rng(seed))
-        pairs = [*positives, *negatives]
-        order = np.random.default_rng(seed).permutation(len(pairs))
+        generator = np.random.default_rng(seed)
+        pairs: list[Link] = []
+        labels: list[int] = []
+        for _ in range(TRAINING_DRAWS if split == "train" else 1):
+            positives, negatives = balance(inside, links, generator)
+            pairs += [*positives, *negatives]
+            labels += [1] * len(positives) + [0] * len(negatives)
+        order = generator.permutation(len(pairs))
         numbered = np.array([[numbers[a], numbers[b]] for a, b in pairs], dtype=np.int64)
-        labels = np.arange(len(pairs)) < len(positives)
         np.save(folder / f"{split}_pairs.npy", numbered[order])
-        np.save(folder / f"{split}_labels.npy", labels.astype(np.uint8)[order])
+        np.save(folder / f"{split}_labels.npy", np.array(labels, dtype=np.uint8)[order])
 
 
 def read_pages(packages: tuple[Path, ...]) -> tuple[dict[str, str], dict[str, str]]:
@@ -240,6 +258,12 @@ def render(source: str) -> str:
             lines.append(line.strip())
     text = re.sub(r"[\w.+-]+ ?\(\d[a-z]?\)", "", "\n".join(lines))
     return re.sub(r"[ \t]+", " ", text)
+
+
+def hash_words(text: str) -> np.ndarray:
+    """Ids of the words of a text, by CRC-32: (words,) uint16."""
+    words = re.findall(r"[a-z]+|[0-9]+", text.lower())
+    return np.array([SPECIAL + zlib.crc32(word.encode()) % HASHES for word in words], np.uint16)
 
 
 def split_pages(names: list[str], links: set[Link]) -> dict[str, set[str]]:

@@ -126,7 +126,10 @@ def _build(folder: Path, raw: Raw) -> None:
         labels: list[np.ndarray] = []
         lengths: list[int] = []
         spool = folder / "spool"
-        with spool.open("wb") as out, tqdm(desc=f"aan {name}", unit=" pairs", leave=False) as bar:
+        with (
+            spool.open("wb") as out,
+            tqdm(desc=f"aan {name}", unit=" pairs", leave=False, disable=None) as bar,
+        ):
             for pairs in _read_pairs(path):
                 labels.append(pairs["label"].to_numpy(np.float64).astype(np.uint8))
                 for pair in zip(pairs["text1"], pairs["text2"], strict=True):

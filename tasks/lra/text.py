@@ -212,7 +212,9 @@ def alphabet_of(texts: Iterable[str]) -> np.ndarray:
 def _read_official(archive: Path) -> Splits:
     layout = re.compile(r"aclImdb/(train|test)/(neg|pos)/\d+_\d+\.txt")
     splits: Splits = {"train": [], "test": []}
-    for name, content in tqdm(tar_members(archive), desc="text", unit=" files", leave=False):
+    for name, content in tqdm(
+        tar_members(archive), desc="text", unit=" files", leave=False, disable=None
+    ):
         if (match := layout.fullmatch(name)) and isinstance(content, bytes):
             splits[match[1]].append((content.decode("utf-8"), int(match[2] == "pos")))
     return splits
