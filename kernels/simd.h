@@ -94,7 +94,17 @@ static inline Vec exp2m1(Vec x) {
   Vec power = scale_by_exp2(splat(1.0f), p.k);
   return power * p.rq + (power - 1.0f);
 }
-static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp2v(x * -LOG2E)); }
+// 1 / x for x in [1, inf], to about a unit in the last place.
+static inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  x = vmin(x, splat(1e37f));  // an infinite x would make 0 times infinity below
+  Vec guess = (Vec)_mm512_rcp14_ps((__m512)x);
+  return guess * (2.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
+}
+static inline Vec sigmoid(Vec x) { return reciprocal(1.0f + exp2v(x * -LOG2E)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|); log1p(e) = e P(e) on [0, 1], relative error 5e-9.
 static inline Vec softplus(Vec x) {

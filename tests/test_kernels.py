@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexbench.kernels import causal_conv1d, selective_scan
+from flexbench.kernels import causal_conv1d, rms_norm, selective_scan
 from flexbench.kernels.build import library
 from flexbench.kernels.conv.cpu import causal_conv1d_op
 from flexbench.kernels.scan.cpu import selective_scan_op
@@ -164,7 +164,10 @@ def test_bits_do_not_depend_on_threads(reverse):
             convolved = outputs_and_gradients(
                 lambda **x: causal_conv1d(**x, reverse=reverse, backend="cpu"), conv, torch.float32
             )
-            seen.append(scanned + convolved)
+            normed = outputs_and_gradients(
+                rms_norm, {"x": inputs["u"], "weight": inputs["D"]}, torch.float32
+            )
+            seen.append(scanned + convolved + normed)
     finally:
         torch.set_num_threads(before)
     for other in seen[1:]:
@@ -336,6 +339,25 @@ def test_conv_reference_gradcheck(reverse):
         x, w, b, activation="silu", cu_seqlens=bounds([3, 4]), reverse=reverse
     )
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in inputs])
+
+
+@compiled
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 600), st.integers(1, 70))
+def test_rms_norm(rows, dim):
+    draw = torch.Generator().manual_seed(rows + dim)
+    inputs = {
+        "x": torch.randn(rows, dim, dtype=F64, generator=draw),
+        "weight": torch.randn(dim, dtype=F64, generator=draw),
+    }
+
+    def by_definition(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    got = outputs_and_gradients(rms_norm, inputs, torch.float32)
+    assert_close(got, outputs_and_gradients(by_definition, inputs, F64))
+    reference = outputs_and_gradients(rms_norm, inputs, F64)
+    assert_close(reference, outputs_and_gradients(by_definition, inputs, F64), 1e-12)
 
 
 @compiled

@@ -111,7 +111,8 @@ struct Tile {
   Vec apart[3];  // tiles of neighbouring blocks must not lie a multiple of 4 KiB apart
 };
 struct BackwardTile : Tile {
-  Vec slope[TILE], dy[TILE];        // dΔ / d(raw delta); gradient of the sum of h C
+  Vec slope[TILE], dy[TILE];        // dΔ / d(raw delta); gradient of the ungated y
+  Vec dgate[TILE];                  // dz / y
   Vec ddelta[TILE], dinput[TILE];   // gradients of Δ through the decay, in units of ln 2, and of Δ u
 };
 
@@ -263,12 +264,11 @@ struct Group {
       }
   }
 
-  // Δ with its bias, and the slope of what makes it from delta.
+  // Δ: delta with its bias, through softplus.
   template <typename Lanes>
-  Vec step_size(int64_t row, int64_t channel, Lanes lanes, Vec *slope) const {
+  Vec step_size(int64_t row, int64_t channel, Lanes lanes) const {
     Vec raw = load(a.delta + row * a.delta_stride + channel, lanes);
     if (a.delta_bias) raw += load(a.delta_bias + channel, lanes);
-    if (slope) *slope = a.delta_softplus ? sigmoid(raw) : splat(1.0f);
     return a.delta_softplus ? softplus(raw) : raw;
   }
 };
@@ -298,7 +298,7 @@ void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int 
     const Rows rows = group.rows(begin);
     group.for_rows(begin, rows.steps, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
       Vec u = load(a.u + row * a.u_stride + channel, lanes);
-      Vec delta = group.step_size(row, channel, lanes, nullptr);
+      Vec delta = group.step_size(row, channel, lanes);
       tiles[i].u[t] = u, tiles[i].delta[t] = delta, tiles[i].input[t] = delta * u;
       tiles[i].y[t] = Vec{};
     });
@@ -416,11 +416,14 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
     group.for_rows(begin, steps, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
       BackwardTile &tile = tiles[i];
       Vec u = load(a.u + row * a.u_stride + channel, lanes);
-      Vec delta = group.step_size(row, channel, lanes, &tile.slope[t]);
+      Vec delta = group.step_size(row, channel, lanes);
+      // The slope of softplus is the sigmoid, 1 - e^-Δ.
+      tile.slope[t] = a.delta_softplus ? -exp2m1(delta * -LOG2E) : splat(1.0f);
       Vec g = load(a.dout + row * a.dout_stride + channel, lanes);
       if (a.z) {
-        Vec z = load(a.z + row * a.z_stride + channel, lanes);
-        g *= z * sigmoid(z);
+        Vec z = load(a.z + row * a.z_stride + channel, lanes), open = sigmoid(z);
+        tile.dgate[t] = g * open * (1.0f + z * (1.0f - open));
+        g *= z * open;
         tile.y[t] = Vec{};
       }
       tile.u[t] = u, tile.delta[t] = delta, tile.input[t] = delta * u, tile.dy[t] = g;
@@ -465,10 +468,8 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
       const BackwardTile &tile = tiles[i];
       Vec D = a.D ? load(a.D + channel, lanes) : Vec{};
       if (a.z) {
-        Vec z = load(a.z + row * a.z_stride + channel, lanes), open = sigmoid(z);
-        Vec g = load(a.dout + row * a.dout_stride + channel, lanes);
         Vec y = tile.y[t] + D * tile.u[t];
-        store(a.dz + row * a.dim + channel, g * y * open * (1.0f + z * (1.0f - open)), lanes);
+        store(a.dz + row * a.dim + channel, tile.dgate[t] * y, lanes);
       }
       Vec du = tile.dinput[t] * tile.delta[t] + D * tile.dy[t];
       Vec draw = (tile.ddelta[t] * LN2 + tile.dinput[t] * tile.u[t]) * tile.slope[t];
