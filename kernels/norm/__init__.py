@@ -36,10 +36,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
 class _Args(ctypes.Structure):
     """Mirrors NormArgs of norm.cpp."""
 
-    _fields_ = (  # type: ignore[assignment]
+    _fields_ = (
         [(n, ctypes.c_int64) for n in ("rows", "dim")]
         + [(n, ctypes.c_void_p) for n in ("x", "weight", "y", "dy", "dx", "dweight")]
-        + [("epsilon", ctypes.c_float), ("threads", ctypes.c_int32)]
+        + [(n, ctypes.c_float) for n in ("epsilon",)]
+        + [(n, ctypes.c_int32) for n in ("threads",)]
     )
 
 
