@@ -247,7 +247,7 @@ struct Group {
     const int64_t width = std::min(a.dim - channel, (int64_t)blocks * LANES);
     for (int64_t t = begin; t < end; ++t) {
       const float *row = base + s.row(t) * stride + channel;
-      for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c, WRITE, 2);
+      for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c, WRITE, 3);
     }
   }
   void prefetch_checkpoint(int64_t tile, bool write) const {
@@ -258,9 +258,9 @@ struct Group {
     for (int64_t n = 0; n < a.state; ++n, slot += a.dim)
       for (int64_t c = 0; c < width; c += 16) {
         if (write)
-          __builtin_prefetch(slot + c, 1, 2);
+          __builtin_prefetch(slot + c, 1, 3);
         else
-          __builtin_prefetch(slot + c, 0, 2);
+          __builtin_prefetch(slot + c, 0, 3);
       }
   }
 
