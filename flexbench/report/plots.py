@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from flexbench.records import write_atomic
 from flexbench.report.results import Row, SuiteResults
@@ -238,8 +238,8 @@ def _point(axis: Axes, x: float, row: Row, look: Look) -> None:
 def _pad_log(axis: Axes, values: list[float]) -> None:
     low, high = min(values), max(values)
     axis.set_xlim(low / 1.5, high * 1.5)
-    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=8))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
 
 

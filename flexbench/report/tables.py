@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def terminal(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
         lines += _tabulate(chosen, "simple", left=("task", "model")).splitlines()
     if suite.older:
         lines += ["", f"{len(suite.older)} more of older versions: see the Markdown table"]
-    return "\n".join(_shorten(line) for line in lines).rstrip()
+    return "\n".join(part for line in lines for part in _wrap(line)).rstrip()
 
 
 def _task_lines(suite: SuiteResults, task: str) -> list[str | Row]:
@@ -214,8 +215,10 @@ def _tabulate(cells: Sequence[Mapping[str, str]], style: str, left: Sequence[str
     return tabulate(body, titles, tablefmt=style, colalign=aligned, disable_numparse=True)
 
 
-def _shorten(line: str) -> str:
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
+def _wrap(line: str) -> list[str]:
+    if len(line) <= WIDTH:
+        return [line]
+    return textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def markdown(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:

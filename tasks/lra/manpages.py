@@ -76,7 +76,7 @@ class Manpages(Task):
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
             options={"tokens": "words", "max_length": 64},
-            stack=StackConfig(d_model=64, n_layers=1, dropout=0.2),
+            stack=StackConfig(d_model=64, n_layers=2, dropout=0.2),
             training=TrainingConfig(
                 steps=500, batch_size=32, learning_rates=(2e-3,), weight_decay=0.05, evaluations=4
             ),
