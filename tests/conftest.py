@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 
 from flexbench.tasks.base import registry
+
+# Started in the background, a shell has us ignore Ctrl-C, which the tests press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small tensors gain nothing from threads, and lose much where several test processes share cores.
 torch.set_num_threads(1)

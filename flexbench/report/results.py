@@ -215,8 +215,8 @@ def collect(results: Path) -> tuple[list[SuiteResults], list[str]]:
         row = _row(records, rates.get(cell), results, facts, speeds, skipped)
         rows[row.config.suite, row.config.preset].append(row)
     for absence in scan(results, Absence, skipped):
-        reason = absence.reason.removeprefix(f"no data for '{absence.task}'; ")
-        reason = f"{absence.status}: {reason}"
+        detail = absence.reason.removeprefix(f"no data for '{absence.task}'").removeprefix("; ")
+        reason = absence.status + (detail if detail.startswith(" (") else f": {detail}")
         absences[absence.suite, absence.preset][absence.task, absence.model] = reason
     found = sorted(rows.keys() | absences.keys(), key=lambda pair: (pair[0], _rank(pair[1])))
     return [_suite(*pair, rows[pair], absences[pair]) for pair in found], skipped
