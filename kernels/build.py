@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -87,15 +88,19 @@ def _compile(compiler: str, target: Path) -> None:
     raise RuntimeError(f"{compiler} could not build the kernels:\n{errors[-2000:]}")
 
 
+def _target(compiler: str) -> Path:
+    """Where the library lies, whether or not it has been built."""
+    return cache_directory() / "kernels" / _key(compiler) / "flexbench_kernels.so"
+
+
 def _library_path() -> Path:
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler found")
-    folder = cache_directory() / "kernels" / _key(compiler)
-    library = folder / "flexbench_kernels.so"
+    library = _target(compiler)
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
             log.info("compiling the CPU kernels, once, with %s", compiler)
             _compile(compiler, built)
@@ -121,6 +126,21 @@ def library() -> ctypes.CDLL | None:
         # Worker processes inherit the decision, and so do not warn again.
         os.environ["FLEXBENCH_NO_COMPILE"] = "1"
         return None
+
+
+def prepare(say: Callable[[str], None]) -> None:
+    """Compile now what the first call would; `say` hears of the wait, or why it cannot be done.
+
+    Processes started afterwards inherit the outcome.
+    """
+    compiler = _compiler()
+    if compiler and not os.environ.get("FLEXBENCH_NO_COMPILE") and not _target(compiler).exists():
+        say("compiling the CPU kernels, once")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        library()
+    for warning in caught:
+        say(str(warning.message))
 
 
 _available: bool | None = None

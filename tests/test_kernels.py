@@ -457,3 +457,17 @@ def test_without_a_compiler_it_warns_once_and_goes_on(tmp_path):
     assert float(out) == 10.0
     assert err.count("RuntimeWarning") == 1
     assert "install a C++ compiler" in err
+
+
+def test_a_sweep_says_once_that_there_is_no_compiler(tmp_path):
+    script = (
+        "import os; from flexbench.kernels import build; said = []; build.prepare(said.append); "
+        "build.prepare(said.append); print(len(said), os.environ['FLEXBENCH_NO_COMPILE'])"
+    )
+    env = {**os.environ, "FLEXBENCH_CACHE": str(tmp_path), "CXX": "no-such-compiler"}
+    env.pop("FLEXBENCH_NO_COMPILE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1", "1"]
+    assert done.stderr == ""

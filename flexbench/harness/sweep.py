@@ -16,6 +16,7 @@ from flexbench.harness.events import Done, Notice, Observer, Stage, Step, label
 from flexbench.harness.executor import Executor, Lost, Postponed
 from flexbench.harness.speed import SpeedFailed, measure
 from flexbench.harness.trial import merit, record_loss, settled, train_trial
+from flexbench.kernels import build
 from flexbench.models import MixerConfig, backbone_parameters, match_width, resolve
 from flexbench.records import (
     Absence,
@@ -206,6 +207,8 @@ def run(
         KeyboardInterrupt: passed on after the workers left their checkpoints.
     """
     check_writable(results)
+    if plan.device == "cpu":
+        build.prepare(lambda text: observe(Notice(text)))
     tasks, absent = _prepare(plan, results, store, observe)
     cells = [_or_absent(cell, absent, results) for cell in plan.cells]
     planned = [cell for cell in cells if cell.status == "planned"]
