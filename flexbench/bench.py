@@ -1,7 +1,8 @@
 """Speed of the kernels and of a training step, each as a ratio to a named peer in the same run.
 
 Both sides of a measurement get the same inputs and threads and take turns, so that a busy machine
-slows both; the ratio is that of the medians. Freed memory stays in the process, as in a trial.
+slows both; the ratio is that of the medians. The process is an ordinary one: trials also keep freed
+memory (`harness/allocator.py`), from which both sides would gain.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from tqdm import tqdm
 
 from flexbench.config import StackConfig
 from flexbench.errors import UserError, did_you_mean
-from flexbench.harness.allocator import keep_freed_memory
 from flexbench.harness.environment import environment, machine
 from flexbench.kernels import causal_conv1d, selective_scan
 from flexbench.models import resolve
@@ -166,7 +166,6 @@ def main(device: str, only: list[str], output: Path | None) -> None:
     for name in only:
         if name not in MEASUREMENTS:
             raise UserError(f"unknown measurement '{name}'{did_you_mean(name, MEASUREMENTS)}")
-    keep_freed_memory()
     torch.manual_seed(0)
     found: list[Measurement] = []
     missing: list[str] = []
