@@ -16,7 +16,7 @@ from torch import Tensor
 from flexbench.kernels import causal_conv1d, rms_norm, selective_scan
 from flexbench.kernels.build import library
 from flexbench.kernels.conv.cpu import causal_conv1d_op
-from flexbench.kernels.scan.cpu import selective_scan_op
+from flexbench.kernels.scan.cpu import TILE, selective_scan_op
 
 compiled = pytest.mark.skipif(library() is None, reason="no C++ compiler")
 F64 = torch.float64
@@ -129,6 +129,13 @@ def test_scan_batched_with_any_inputs_left_out(batch, length, dim, state, absent
     run = lambda b: lambda **x: selective_scan(**x, delta_softplus=True, backend=b)  # noqa: E731
     got = outputs_and_gradients(run("cpu"), inputs, torch.float32)
     assert_close(got, outputs_and_gradients(run("reference"), inputs, F64), 2e-5)
+
+
+@compiled
+def test_both_sides_agree_on_the_tile():
+    compiled_kernels = library()
+    assert compiled_kernels is not None
+    assert compiled_kernels.flexbench_scan_tile() == TILE
 
 
 @compiled

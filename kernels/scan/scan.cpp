@@ -238,30 +238,24 @@ struct Group {
     }
   }
 
-  // Asks for a tile's rows (the group's channels of them) ahead of their use, to read or to write.
+  // Asks for the group's channels of one row ahead of their use, to read or to write.
+  template <bool WRITE>
+  void prefetch_row(const float *row) const {
+    const int64_t channel = first_block * LANES;
+    const int64_t end = std::min(a.dim, channel + (int64_t)blocks * LANES);
+    for (int64_t c = channel; c < end; c += 16) __builtin_prefetch(row + c, WRITE, 3);
+  }
   template <bool WRITE>
   void prefetch(const float *base, int64_t stride, int64_t begin) const {
     if (!base || begin < 0) return;
     const int64_t end = std::min(begin + TILE, s.length);
-    const int64_t channel = first_block * LANES;
-    const int64_t width = std::min(a.dim - channel, (int64_t)blocks * LANES);
-    for (int64_t t = begin; t < end; ++t) {
-      const float *row = base + s.row(t) * stride + channel;
-      for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c, WRITE, 3);
-    }
+    for (int64_t t = begin; t < end; ++t) prefetch_row<WRITE>(base + s.row(t) * stride);
   }
-  void prefetch_checkpoint(int64_t tile, bool write) const {
+  template <bool WRITE>
+  void prefetch_checkpoint(int64_t tile) const {
     if (!a.checkpoints || tile < 0) return;
-    const int64_t channel = first_block * LANES;
-    const int64_t width = std::min(a.dim - channel, (int64_t)blocks * LANES);
-    const float *slot = a.checkpoints + (s.first_tile + tile) * a.state * a.dim + channel;
-    for (int64_t n = 0; n < a.state; ++n, slot += a.dim)
-      for (int64_t c = 0; c < width; c += 16) {
-        if (write)
-          __builtin_prefetch(slot + c, 1, 3);
-        else
-          __builtin_prefetch(slot + c, 0, 3);
-      }
+    const float *slot = a.checkpoints + (s.first_tile + tile) * a.state * a.dim;
+    for (int64_t n = 0; n < a.state; ++n) prefetch_row<WRITE>(slot + n * a.dim);
   }
 
   // Δ: delta with its bias, through softplus.
@@ -306,7 +300,7 @@ void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int 
     group.prefetch<false>(a.delta, a.delta_stride, begin + TILE);
     group.prefetch<false>(a.z, a.z_stride, begin + TILE);
     group.prefetch<true>(a.out, a.dim, begin);
-    if (begin + TILE < s.length) group.prefetch_checkpoint(begin / TILE + 1, true);
+    if (begin + TILE < s.length) group.prefetch_checkpoint<true>(begin / TILE + 1);
     for (int i = 0; i < blocks; ++i) {
       Block b = group.block(i);
       if (a.checkpoints) {
@@ -433,7 +427,7 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
     group.prefetch<false>(a.delta, a.delta_stride, begin - TILE);
     group.prefetch<false>(a.dout, a.dout_stride, begin - TILE);
     group.prefetch<false>(a.z, a.z_stride, begin - TILE);
-    group.prefetch_checkpoint(k - 1, false);
+    group.prefetch_checkpoint<false>(k - 1);
     group.prefetch<true>(a.du, a.dim, begin);
     group.prefetch<true>(a.ddelta, a.dim, begin);
     group.prefetch<true>(a.dz, a.dim, begin);
