@@ -1,0 +1,74 @@
+"""Tasks whose examples are made when asked for: fresh ones at every step, and nothing on disk."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from flexbench.interface import Batch, ProblemSpec
+from flexbench.tasks.arrays import TokenSplit
+from flexbench.tasks.base import DataSource, Split, Task, TaskData
+from flexbench.tasks.store import Store
+
+TRAIN, VALIDATION, TEST = range(3)
+"""The streams of random numbers, one a split."""
+
+
+class GeneratedTask(Task):
+    """A task of token sequences of one length that a formula makes.
+
+    Subclasses say what the problem is (`spec`) and how examples are made (`make`). Validation and
+    test sets are made once, from `data_seed`; a training batch is made from `data_seed` and its
+    indices, which follow from the trial's seed, so that no example is seen twice.
+    """
+
+    examples: PositiveInt = Field(1 << 20, description="training examples in an epoch")
+    validation: PositiveInt = 1000
+    test: PositiveInt = 2000
+    data_seed: NonNegativeInt = 0
+
+    @property
+    @abstractmethod
+    def spec(self) -> ProblemSpec:
+        """The problem's shape."""
+
+    @abstractmethod
+    def make(self, rng: np.random.Generator, examples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (examples, length) and labels (examples,), or (examples, length) with -100."""
+
+    def prepare(self, store: Store) -> None:
+        """Nothing to do."""
+
+    def load(self, store: Store) -> TaskData:
+        return TaskData(
+            spec=self.spec,
+            train=_Fresh(self),
+            validation=self._fixed(VALIDATION, self.validation),
+            test=self._fixed(TEST, self.test),
+            source=DataSource("synthetic", f"seed {self.data_seed}"),
+        )
+
+    def _fixed(self, stream: int, examples: int) -> Split:
+        tokens, labels = self.make(np.random.default_rng([self.data_seed, stream]), examples)
+        return TokenSplit(tokens.astype(np.min_scalar_type(self.spec.vocab_size)), labels)
+
+
+class _Fresh:
+    """The training split: a batch is a function of its indices and of the data's seed."""
+
+    def __init__(self, task: GeneratedTask) -> None:
+        self.task = task
+
+    def __len__(self) -> int:
+        return self.task.examples
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        seed = [self.task.data_seed, TRAIN, *np.asarray(indices).tolist()]
+        tokens, labels = self.task.make(np.random.default_rng(seed), len(indices))
+        return Batch(
+            inputs=torch.from_numpy(tokens.astype(np.int64)),
+            labels=torch.from_numpy(labels.astype(np.int64)),
+        )
