@@ -123,10 +123,10 @@ class Mamba(nn.Module):
         u, z = (F.linear(x, w, b) for w, b in zip(weight.chunk(2), biases, strict=True))
         return u, z
 
-    def scan(self, u: Tensor, z: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def scan(self, u: Tensor, z: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Convolution, scan and gate: u and z, the halves of in_proj's output, to out_proj's input.
 
-        All three are (batch, length, d_inner).
+        All three are (batch, length, d_inner); without z there is no gate.
         """
         u = kernels.causal_conv1d(
             u,
