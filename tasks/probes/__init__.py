@@ -1,0 +1,1 @@
+"""Small tasks that ask for exactly what a design claims to do."""
