@@ -160,7 +160,7 @@ def hzip_against_bimamba(model: str, d_model: int) -> tuple[str, str, Step, Step
     return shape, "bimamba, fusion add", ours, theirs
 
 
-MEASUREMENTS = {
+MEASUREMENTS: dict[str, tuple[str, Callable[[], tuple[str, str, Step, Step]]]] = {
     "scan": ("selective_scan, forward + backward", scan_against_mambapy),
     "scan-forward": ("selective_scan, forward", scan_against_reference),
     "conv": ("causal_conv1d + SiLU, forward + backward", conv_against_torch),
