@@ -1,7 +1,8 @@
 """Numerical operations, each a plain PyTorch reference and its fast backends."""
 
+from flexbench.kernels.block import block_scan
 from flexbench.kernels.conv import causal_conv1d
 from flexbench.kernels.norm import rms_norm
 from flexbench.kernels.scan import selective_scan
 
-__all__ = ["causal_conv1d", "rms_norm", "selective_scan"]
+__all__ = ["block_scan", "causal_conv1d", "rms_norm", "selective_scan"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexbench.kernels import causal_conv1d, rms_norm, selective_scan
+from flexbench.kernels.block import schedule
 from flexbench.kernels.build import library
 from flexbench.kernels.conv.cpu import causal_conv1d_op
 from flexbench.kernels.scan.cpu import TILE, selective_scan_op
@@ -378,10 +379,17 @@ def test_opcheck(monkeypatch):
     cu_seqlens, repeats = bounds([20, 17]), torch.randint(1, 4, (1, 37))
     torch.library.opcheck(
         selective_scan_op,
-        (*first, True, inputs["initial_state"], cu_seqlens, repeats, True, True),
+        (*first, True, inputs["initial_state"], cu_seqlens, repeats, True, None, None, None, True),
     )
     torch.library.opcheck(
-        selective_scan_op, (*first[:5], None, None, None, False, None, None, None, False, True)
+        selective_scan_op,
+        (*first[:5], None, None, None, False, None, None, None, False, None, None, None, True),
+    )
+    events, event_bounds = schedule(torch.tensor([[3, 3, 9], [20, 25, 37]]).int(), cu_seqlens)
+    alpha = torch.rand(2, 20, requires_grad=True)
+    torch.library.opcheck(
+        selective_scan_op,
+        (*first, True, None, cu_seqlens, None, False, events, event_bounds, alpha, True),
     )
     x, weight = torch.randn(2, 9, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     for bias in (None, torch.randn(5, requires_grad=True)):
