@@ -2,5 +2,17 @@
 
 from flexbench.models.flexblock.guide import BlockType, GuideMap, Packing
 from flexbench.models.flexblock.merge import BlockAttributes, build_guide_map
+from flexbench.models.flexblock.mixer import FlexBlockMamba
+from flexbench.models.flexblock.router import Route, Router, RouterOptions
 
-__all__ = ["BlockAttributes", "BlockType", "GuideMap", "Packing", "build_guide_map"]
+__all__ = [
+    "BlockAttributes",
+    "BlockType",
+    "FlexBlockMamba",
+    "GuideMap",
+    "Packing",
+    "Route",
+    "Router",
+    "RouterOptions",
+    "build_guide_map",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -164,6 +164,10 @@ class GuideMap:
         """(blocks,) bool: which blocks are read from their end."""
         return (self.flags & REV).bool()
 
+    def turned(self) -> GuideMap:
+        """The map with every block read the other way."""
+        return replace(self, flags=self.flags ^ REV)
+
     def run_length(self, reduce_stride: int, resolution: Resolution) -> Tensor:
         """(blocks,) tokens that one computed token stands for: 1 in full blocks."""
         levels = self.level if resolution == "block" else torch.zeros_like(self.level)
@@ -236,7 +240,8 @@ class GuideMap:
         length = self.length[block]
         count = torch.minimum(runs[block], length - offset)
         start = torch.where(self.reverse[block], length - offset - count, offset)
-        start = start + self.first_tokens(row_length)[self.batch[block]] + self.start[block]
+        first_tokens = self.first_tokens(row_length)
+        start = start + first_tokens[self.batch[block]] + self.start[block]
         per_sequence = torch.zeros_like(self.lengths).index_add_(0, self.batch, computed)
         return Packing(
             start=start,
@@ -244,6 +249,7 @@ class GuideMap:
             block=block,
             cu_blocks=F.pad(computed.cumsum(0), (1, 0)).int(),
             cu_seqlens=F.pad(per_sequence.cumsum(0), (1, 0)).int(),
+            first_tokens=first_tokens,
             reduced=bool((self.type == BlockType.REDUCED).any()),
         )
 
@@ -258,6 +264,7 @@ class Packing:
         block: (computed,) int64, the row of the map it belongs to.
         cu_blocks: (blocks + 1,) int32 bounds of the blocks in the packed sequence.
         cu_seqlens: (sequences + 1,) int32 bounds of the sequences in it.
+        first_tokens: (sequences,) int64, where each sequence begins in the batch's memory.
         reduced: whether any run may be longer than 1.
     """
 
@@ -266,6 +273,7 @@ class Packing:
     block: Tensor
     cu_blocks: Tensor
     cu_seqlens: Tensor
+    first_tokens: Tensor
     reduced: bool
 
     def __len__(self) -> int:
