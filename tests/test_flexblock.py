@@ -54,13 +54,13 @@ def walk(mamba, x, guide, *, form="none", which="all", alpha=None, other=None, r
     """
     every = list(guide.to_frame().itertuples())
     out = torch.zeros_like(x[0])
-    base = 0
-    for b, length in enumerate(guide.lengths.tolist()):
+
+    def visit_sequence(b, length, base):
         rows = [row for row in every if row.batch == b]
         history: list[torch.Tensor] = []  # projected u of the hard reading so far
         state = torch.zeros(mamba.d_inner, mamba.d_state, dtype=F64)
 
-        def runs(row, turned, base=base):
+        def runs(row, turned):
             tokens = list(range(base + row.start, base + row.start + row.length))
             if bool(row.flags & 1) != turned:
                 tokens.reverse()
@@ -69,7 +69,7 @@ def walk(mamba, x, guide, *, form="none", which="all", alpha=None, other=None, r
                 m = STRIDE << (row.level if resolution == "block" else 0)
             return [tokens[i : i + m] for i in range(0, len(tokens), m)]
 
-        def read(row, turned, history=history):
+        def read(row, turned):
             """Projected, convolved tokens of a block: a list of (run, u, z)."""
             before = list(history)
             found = []
@@ -104,7 +104,7 @@ def walk(mamba, x, guide, *, form="none", which="all", alpha=None, other=None, r
                 return sibling and row.type == BlockType.FULL and which in ("merged", "all")
             return sibling and which in ("above", "all")
 
-        def mix(h, after, level, index, inside, row, b=b):
+        def mix(h, after, level, index, inside, row):
             if not gated(level, index, inside, row):
                 return after
             a = alpha(b, level, index)[:, None]
@@ -127,7 +127,6 @@ def walk(mamba, x, guide, *, form="none", which="all", alpha=None, other=None, r
             return h
 
         def visit(level, index, h):
-            nonlocal history
             start = index * (4 << level)
             found = [row for row in rows if row.start == start and row.level == level]
             if found:
@@ -155,7 +154,9 @@ def walk(mamba, x, guide, *, form="none", which="all", alpha=None, other=None, r
         row = rows[0]
         after = visit(top, 0, state)
         mix(state, after, top, 0, False, row)
-        base += length
+
+    for b, length in enumerate(guide.lengths.tolist()):
+        visit_sequence(b, length, int(guide.lengths[:b].sum()))
     return out[None]
 
 
@@ -171,10 +172,8 @@ def table(tree, channels: int, seed: int):
 
     class LookUp(torch.nn.Module):
         def forward(self, tree, nodes):
-            rows = zip(
-                nodes.batch.tolist(), nodes.level.tolist(), nodes.index.tolist(), strict=False
-            )
-            found = [values[row] for row in rows]
+            rows = torch.stack([nodes.batch, nodes.level, nodes.index], 1).tolist()
+            found = [values[tuple(row)] for row in rows]
             return torch.stack(found) if found else torch.zeros(0, channels, dtype=F64)
 
     return lambda *node: values[node], LookUp()

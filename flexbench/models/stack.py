@@ -195,11 +195,12 @@ class SequenceModel(nn.Module):
         size = self.mixer.state_size(self.stack.d_model)
         return None if size is None else size * self.stack.n_layers
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: int, example: Batch | None = None) -> float:
         """Floating-point operations of a forward pass by `length` real steps, for each step.
 
         Matrix products, convolutions and attention by `torch.utils.flop_counter`, and the kernels
-        of flexbench; a multiplication and an addition are two. Elementwise work is left out.
+        of flexbench; a multiplication and an addition are two. Elementwise work is left out. Where
+        the work depends on the data, it is counted on `example`, if given, instead.
         """
         rows = self.spec.towers
         if self.spec.input == "tokens":
@@ -210,13 +211,12 @@ class SequenceModel(nn.Module):
         try:
             with torch.device("meta"):
                 model = SequenceModel(self.spec, self.stack, self.mixer)
-            flops = count_flops(model, batch.to("meta"))
-        except Exception:
-            # A mixer of the user's own may not run without data.
+            return count_flops(model, batch.to("meta")) / (rows * length)
+        except Exception:  # it does not run without data
+            example = example or batch
             device = next(self.parameters()).device
             with torch.random.fork_rng():
-                flops = count_flops(deepcopy(self).eval(), batch.to(device))
-        return flops / (rows * length)
+                return count_flops(deepcopy(self).eval(), example.to(device)) / example.tokens
 
     def after_step(self, progress: float, loss: float) -> None:
         """Tell whoever asks how far the training has come, in [0, 1], and the step's mean loss."""
