@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from flexbench.kernels.build import compiled
 
@@ -69,8 +70,8 @@ def cpu_refusal(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def is_eager(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether these are plain tensors of an ordinary call, neither traced nor without data."""
-    if torch.compiler.is_compiling():
+    """Whether these are plain tensors of an ordinary call: not traced, watched or without data."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
     plain = (Tensor, torch.nn.Parameter)
     return all(t is None or (type(t) in plain and t.device.type != "meta") for t in tensors)

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexbench.kernels import causal_conv1d, rms_norm, selective_scan
+from flexbench.kernels import (
+    causal_conv1d,
+    gather_runs,
+    rms_norm,
+    scatter_runs,
+    selective_scan,
+)
+from flexbench.kernels.block import schedule
 from flexbench.kernels.build import library
 from flexbench.kernels.conv.cpu import causal_conv1d_op
 from flexbench.kernels.scan.cpu import TILE, selective_scan_op
@@ -378,10 +385,17 @@ def test_opcheck(monkeypatch):
     cu_seqlens, repeats = bounds([20, 17]), torch.randint(1, 4, (1, 37))
     torch.library.opcheck(
         selective_scan_op,
-        (*first, True, inputs["initial_state"], cu_seqlens, repeats, True, True),
+        (*first, True, inputs["initial_state"], cu_seqlens, repeats, True, None, None, None, True),
     )
     torch.library.opcheck(
-        selective_scan_op, (*first[:5], None, None, None, False, None, None, None, False, True)
+        selective_scan_op,
+        (*first[:5], None, None, None, False, None, None, None, False, None, None, None, True),
+    )
+    events, event_bounds = schedule(torch.tensor([[3, 3, 9], [20, 25, 37]]).int(), cu_seqlens)
+    alpha = torch.rand(2, 20, requires_grad=True)
+    torch.library.opcheck(
+        selective_scan_op,
+        (*first, True, None, cu_seqlens, None, False, events, event_bounds, alpha, True),
     )
     x, weight = torch.randn(2, 9, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     for bias in (None, torch.randn(5, requires_grad=True)):
@@ -478,3 +492,33 @@ def test_a_sweep_says_once_that_there_is_no_compiler(tmp_path):
     )
     assert done.stdout.split() == ["1", "1"]
     assert done.stderr == ""
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=60),
+    st.integers(1, 40),
+    st.integers(0, 2**20),
+)
+def test_runs_are_gathered_and_scattered(runs, dim, seed):
+    start, count, rows = [], [], 0
+    for gap, size in runs:
+        start.append(rows + gap)
+        count.append(size)
+        rows += gap + size
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(runs), generator=draw)
+    where = [torch.tensor(t, dtype=torch.int64)[order] for t in (start, count)]
+    x = torch.randn(rows, dim, dtype=F64, generator=draw)
+    y = torch.randn(len(runs), dim, dtype=F64, generator=draw)
+    means = [x[s : s + c].mean(0) for s, c in zip(*(t.tolist() for t in where), strict=True)]
+    spread = torch.zeros_like(x)
+    for row, s, c in zip(y, *(t.tolist() for t in where), strict=True):
+        spread[s : s + c] = row
+    for function, given_, wanted in (
+        (lambda x: gather_runs(x, *where), {"x": x}, torch.stack(means) if means else y),
+        (lambda y: scatter_runs(y, *where, rows), {"y": y}, spread),
+    ):
+        assert_close([function(*given_.values())], [wanted], 1e-12)
+        fast = outputs_and_gradients(function, given_, torch.float32)
+        assert_close(fast, outputs_and_gradients(function, given_, F64))

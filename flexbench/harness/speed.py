@@ -93,6 +93,7 @@ def _measure(config: TrialConfig, store: Store, threads: int, observe: Observer)
         torch.manual_seed(config.seed)
         model = build(data.spec, config.stack, mixer).to(device).train()
         optimizer = make_optimizer(model, training, 0.0)
+        model.after_step(1.0, 0.0)  # what a schedule does early in training is not its speed
         for batch in batches:
             tokens, start = batch.tokens, _now(device)
             train_step(model, optimizer, batch, training.clip)

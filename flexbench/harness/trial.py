@@ -44,6 +44,8 @@ from flexbench.tasks.store import Store
 CHECKPOINT_SECONDS = 20.0
 PROGRESS_SECONDS = 0.3
 PAUSE_SECONDS = 1.0
+CALIBRATION_EXAMPLES = 256
+FLOP_EXAMPLES = 32
 
 IGNORED = -100
 """The label of a position where nothing is asked."""
@@ -414,7 +416,7 @@ class _Trial:
         self.model.train()
         while True:
             if self.state.step in points and not self.state.validated:
-                self._validate(data.validation)
+                self._validate(data)
                 self._save()
             if self.state.step == self.training.steps:
                 return
@@ -433,15 +435,18 @@ class _Trial:
         except Diverged as error:
             raise Diverged(f"step {state.step + 1}: {error}") from None
         state.step += 1
+        self.model.after_step(state.step / self.training.steps, loss / asked)
         state.tokens += batch.tokens
         state.loss_sum += loss
         state.loss_count += asked
 
-    def _validate(self, split: Split) -> None:
+    def _validate(self, data: TaskData) -> None:
         state = self.state
+        self.model.eval()
+        self.model.calibrate(self._calibration(data.train))
         loss, answers = evaluate(
             self.model,
-            split,
+            data.validation,
             self.training.evaluation_batch_size,
             self.config.device,
             limit=self.training.validation_examples,
@@ -456,6 +461,7 @@ class _Trial:
             "validation_loss": loss,
             "validation_accuracy": float(answers.mean()),
             "tokens": state.tokens,
+            **self.model.diagnostics(),
         }
         state.history.append(entry)
         state.loss_sum, state.loss_count = 0.0, 0
@@ -463,14 +469,24 @@ class _Trial:
             state.best = entry
             weights = self.model.state_dict().items()
             state.best_weights = {name: value.detach().clone() for name, value in weights}
+        self.model.train()
         lines = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in state.history)
         write_atomic(self.directory / "history.jsonl", lines.encode())
+
+    def _calibration(self, split: Split) -> Iterator[Batch]:
+        """The same training examples every time, for what a model sets before an evaluation."""
+        size = self.training.evaluation_batch_size
+        for start in range(0, min(CALIBRATION_EXAMPLES, len(split)), size):
+            indices = np.arange(start, min(start + size, CALIBRATION_EXAMPLES, len(split)))
+            yield split.batch(indices).to(self.config.device)
 
     def _finish(self, data: TaskData) -> Record:
         """Read the test set, this once, with the best weights; write everything down."""
         state, config = self.state, self.config
         assert state.best is not None
         self.model.load_state_dict(state.best_weights)
+        self.model.eval()
+        facts = self._facts(data)
         loss, answers = evaluate(
             self.model,
             data.test,
@@ -496,7 +512,7 @@ class _Trial:
                 "validation_loss": state.best["validation_loss"],
                 "best_step": state.best["step"],
             },
-            model_facts=self._facts(data.spec),
+            model_facts=facts,
             diagnostics=self.model.diagnostics(),
             data_source=asdict(data.source),
             seconds=state.seconds,
@@ -504,15 +520,16 @@ class _Trial:
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
         return record
 
-    def _facts(self, spec: ProblemSpec) -> dict[str, float | None]:
+    def _facts(self, data: TaskData) -> dict[str, float | None]:
         backbone = self.model.backbone_parameters()
+        example = data.validation.batch(np.arange(min(FLOP_EXAMPLES, len(data.validation))))
         return {
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "backbone_parameters": backbone,
             "baseline_parameters": self.baseline,
             "matched": None if self.baseline is None else is_matched(backbone, self.baseline),
             "state_size": self.model.state_size(),
-            "flops_per_token": self.model.flops_per_token(spec.max_length),
+            "flops_per_token": self.model.flops_per_token(data.spec.max_length, example),
         }
 
     # -- between steps -----------------------------------------------------------------------

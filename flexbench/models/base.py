@@ -18,7 +18,11 @@ class MixerConfig(StrictModel, ABC):
     A mixer maps x to a tensor of the same shape. Where its `forward` takes `cu_seqlens`
     (int32, (sequences + 1,)), x is (1, total, d_model), several sequences packed without padding;
     else it is called with x (batch, length, d_model), right-padded, and with `lengths` if it takes
-    that.
+    that. A mixer or router may have `after_step(progress, loss)`, called after each training step
+    with the share of the training done and the step's mean loss; `diagnostics()`, floats by name
+    for the record; `begin_calibration()` and `end_calibration()`, called around passes over
+    training data before an evaluation; and `trace`, which, when it is a dict, the next forward pass
+    fills with what `flexbench inspect` draws.
 
     Class attributes:
         version: raised whenever the same options would compute something else.
@@ -39,6 +43,11 @@ class MixerConfig(StrictModel, ABC):
     @abstractmethod
     def build(self, d_model: int, *, layer: int, n_layers: int) -> nn.Module:
         """The mixer of layer `layer` (from 0) of `n_layers`."""
+
+    def build_router(self, d_model: int) -> nn.Module | None:
+        """What is made once from the embedded input and handed to every layer as `guide`, if
+        anything: a module that is called as a mixer is."""
+        return None
 
     @abstractmethod
     def state_size(self, d_model: int) -> int | None:

@@ -128,7 +128,14 @@ class Mamba(nn.Module):
 
         All three are (batch, length, d_inner); without z there is no gate.
         """
-        u = kernels.causal_conv1d(
+        u = self.convolve(u, cu_seqlens)
+        inputs = self.scan_inputs(u, z)
+        y = kernels.selective_scan(**inputs, cu_seqlens=cu_seqlens, reverse=self.reverse)
+        return cast(Tensor, y)
+
+    def convolve(self, u: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The short convolution and its SiLU: (batch, length, d_inner) to the same."""
+        return kernels.causal_conv1d(
             u,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -136,22 +143,29 @@ class Mamba(nn.Module):
             cu_seqlens=cu_seqlens,
             reverse=self.reverse,
         )
+
+    def scan_inputs(self, u: Tensor, z: Tensor, factor: Tensor | None = None) -> dict[str, Any]:
+        """The arguments of `selective_scan` for the convolved u and for z.
+
+        `factor`, (batch, length, 1), multiplies Δ.
+        """
         rank, state = self.dt_rank, self.d_state
         dt, b, c = self.x_proj(u).split([rank, state, state], dim=-1)
-        y = kernels.selective_scan(
-            u,
-            F.linear(dt, self.dt_proj.weight),
-            -torch.exp(_at_least_float32(self.A_log)),
-            b,
-            c,
-            _at_least_float32(self.D),
-            z,
-            delta_bias=_at_least_float32(self.dt_proj.bias),
-            delta_softplus=True,
-            cu_seqlens=cu_seqlens,
-            reverse=self.reverse,
-        )
-        return cast(Tensor, y)
+        delta = F.linear(dt, self.dt_proj.weight)
+        bias = _at_least_float32(self.dt_proj.bias)
+        if factor is not None:
+            delta = F.softplus(delta + bias) * factor
+        return {
+            "u": u,
+            "delta": delta,
+            "A": -torch.exp(_at_least_float32(self.A_log)),
+            "B": b,
+            "C": c,
+            "D": _at_least_float32(self.D),
+            "z": z,
+            "delta_bias": bias if factor is None else None,
+            "delta_softplus": factor is None,
+        }
 
 
 @torch.no_grad()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,15 +75,16 @@ class ResidualLayer(nn.Module):
         self.takes_cu_seqlens = "cu_seqlens" in taken
         self.takes_lengths = "lengths" in taken
 
-    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None, guide: Any = None) -> Tensor:
         normed = self.norm(x)
+        more = {} if guide is None else {"guide": guide}
         if layout is None:
-            mixed = self.mixer(normed)
+            mixed = self.mixer(normed, **more)
         elif layout.packed:
-            mixed = self.mixer(normed, cu_seqlens=layout.cu_seqlens)
+            mixed = self.mixer(normed, cu_seqlens=layout.cu_seqlens, **more)
         else:
             lengths = {"lengths": layout.lengths} if self.takes_lengths else {}
-            mixed = self.mixer(normed * layout.real, **lengths)
+            mixed = self.mixer(normed * layout.real, **lengths, **more)
         if not isinstance(mixed, Tensor) or mixed.shape != x.shape:
             got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
             raise UserError(
@@ -92,7 +95,11 @@ class ResidualLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """`n_layers` residual layers and a last norm: what is compared, and matched in parameters."""
+    """`n_layers` residual layers and a last norm: what is compared, and matched in parameters.
+
+    Where the mixer's config builds a router, it sees the embedded input once and every layer gets
+    what it returns.
+    """
 
     def __init__(self, stack: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
@@ -100,6 +107,7 @@ class Backbone(nn.Module):
         mixers = [mixer.build(d_model, layer=i, n_layers=n_layers) for i in range(n_layers)]
         self.layers = nn.ModuleList(ResidualLayer(module, stack) for module in mixers)
         self.norm = make_norm(stack)
+        self.router = mixer.build_router(d_model)
 
     @property
     def packs(self) -> bool:
@@ -108,8 +116,11 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """(batch, length, d_model) to the same; (1, total, d_model) where the layout is packed."""
+        guide = None
+        if self.router is not None:
+            guide = self.router(x, cu_seqlens=layout.cu_seqlens if layout else None)
         for layer in self.layers:
-            x = layer(x, layout)
+            x = layer(x, layout, guide)
         return self.norm(x)
 
 
@@ -184,11 +195,12 @@ class SequenceModel(nn.Module):
         size = self.mixer.state_size(self.stack.d_model)
         return None if size is None else size * self.stack.n_layers
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: int, example: Batch | None = None) -> float:
         """Floating-point operations of a forward pass by `length` real steps, for each step.
 
         Matrix products, convolutions and attention by `torch.utils.flop_counter`, and the kernels
-        of flexbench; a multiplication and an addition are two. Elementwise work is left out.
+        of flexbench; a multiplication and an addition are two. Elementwise work is left out. Where
+        the work depends on the data, it is counted on `example`, if given, instead.
         """
         rows = self.spec.towers
         if self.spec.input == "tokens":
@@ -199,20 +211,43 @@ class SequenceModel(nn.Module):
         try:
             with torch.device("meta"):
                 model = SequenceModel(self.spec, self.stack, self.mixer)
-            flops = count_flops(model, batch.to("meta"))
-        except Exception:
-            # A mixer of the user's own may not run without data.
+            return count_flops(model, batch.to("meta")) / (rows * length)
+        except Exception:  # it does not run without data
+            example = example or batch
             device = next(self.parameters()).device
             with torch.random.fork_rng():
-                flops = count_flops(deepcopy(self).eval(), batch.to(device))
-        return flops / (rows * length)
+                return count_flops(deepcopy(self).eval(), example.to(device)) / example.tokens
+
+    def after_step(self, progress: float, loss: float) -> None:
+        """Tell whoever asks how far the training has come, in [0, 1], and the step's mean loss."""
+        for module in self._having("after_step"):
+            module.after_step(progress, loss)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Let whoever asks set what it needs for evaluation by passes over training data."""
+        asking = self._having("begin_calibration")
+        if not asking:
+            return
+        for module in asking:
+            module.begin_calibration()
+        for batch in batches:
+            self(batch)
+        for module in asking:
+            module.end_calibration()
 
     def diagnostics(self) -> dict[str, float]:
-        """What the mixers report of themselves in `diagnostics()`, averaged over the layers."""
-        found = (getattr(layer.mixer, "diagnostics", None) for layer in self.backbone.layers)
-        reports = [diagnostics() for diagnostics in found if callable(diagnostics)]
-        keys = reports[0] if reports else ()
-        return {key: sum(report[key] for report in reports) / len(reports) for key in keys}
+        """What mixers and routers report in `diagnostics()`, averaged over those that report it."""
+        reports = [module.diagnostics() for module in self._having("diagnostics")]
+        found: dict[str, list[float]] = {}
+        for report in reports:
+            for key, value in report.items():
+                found.setdefault(key, []).append(value)
+        return {key: sum(values) / len(values) for key, values in found.items()}
+
+    def _having(self, method: str) -> list[Any]:
+        """The modules of the backbone that have a method of that name."""
+        return [m for m in self.backbone.modules() if callable(getattr(m, method, None))]
 
 
 class RMSNorm(nn.RMSNorm):

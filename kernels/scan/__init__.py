@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal, is_eager
-from flexbench.kernels.scan.cpu import EagerScan, scan_forward, selective_scan_op
+from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal
+from flexbench.kernels.scan.cpu import run_scan
 from flexbench.kernels.scan.reference import selective_scan_reference
 
 BACKENDS = ("cpu", "reference")
@@ -63,7 +60,7 @@ def selective_scan(
         ValueError: shapes that do not fit, a bad `cu_seqlens`, or a backend that cannot serve the
             call.
     """
-    batch, length, dim = _check(u, delta, A, B, C, D, z, delta_bias, initial_state, repeats)
+    batch, length, dim = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, repeats)
     sequences = batch
     if cu_seqlens is not None:
         sequences = check_cu_seqlens(cu_seqlens, batch, length)
@@ -79,20 +76,14 @@ def selective_scan(
             *(initial_state, cu_seqlens, repeats, reverse),
         )
     else:
-        training = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in tensors
-        )
-        run: Callable[..., tuple[Tensor, Tensor, Tensor]] = selective_scan_op
-        if is_eager(tensors):
-            run = EagerScan.apply if training else scan_forward
-        y, last_state, _ = run(
+        y, last_state = run_scan(
             *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
-            *(initial_state, cu_seqlens, repeats, reverse, training),
+            *(initial_state, cu_seqlens, repeats, reverse, None, None, None),
         )
     return (y, last_state) if return_last_state else y
 
 
-def _check(
+def check_scan(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -104,6 +95,11 @@ def _check(
     initial_state: Tensor | None,
     repeats: Tensor | None,
 ) -> tuple[int, int, int]:
+    """Batch, length and dim of a scan's inputs.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(
             f"u must be (batch, length, dim) and A (dim, state), not {tuple(u.shape)} and "

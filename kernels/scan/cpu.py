@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexbench.kernels.backends import is_eager
 from flexbench.kernels.build import library
 from flexbench.kernels.ffi import f32, packed, pointer
 
@@ -18,13 +20,15 @@ class _Args(ctypes.Structure):
     """Mirrors ScanArgs of scan.cpp."""
 
     _fields_ = (
-        [(name, ctypes.c_int64) for name in ("sequences", "dim", "state")]
+        [(name, ctypes.c_int64) for name in ("sequences", "dim", "state", "slots")]
         + [(f"{name}_stride", ctypes.c_int64) for name in ("u", "delta", "B", "C", "z", "dout")]
         + [
             (name, ctypes.c_void_p)
             for name in (
                 *("cu_seqlens", "u", "delta", "A", "B", "C", "D", "z", "delta_bias"),
-                *("initial_state", "repeats", "out", "last_state", "checkpoints", "dout", "dlast"),
+                *("initial_state", "repeats", "out", "last_state"),
+                *("events", "event_bounds", "alpha", "gap", "dalpha", "checkpoints"),
+                *("dout", "dlast"),
                 *("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dinitial"),
             )
         ]
@@ -50,6 +54,9 @@ class _Call:
         cu_seqlens: Tensor | None,
         repeats: Tensor | None,
         reverse: bool,
+        events: Tensor | None,
+        event_bounds: Tensor | None,
+        alpha: Tensor | None,
     ) -> None:
         batch, length, self.dim = u.shape
         self.state = A.shape[1]
@@ -64,10 +71,14 @@ class _Call:
         self.kept["cu_seqlens"] = cu_seqlens.to(torch.int32).contiguous()
         if repeats is not None:
             self.kept["repeats"] = repeats.to(torch.int32).reshape(-1).contiguous()
+        self.events = 0 if events is None else len(events)
+        if events is not None and self.events:
+            self.kept |= {"events": events, "event_bounds": event_bounds, "alpha": f32(alpha)}
         self.args = _Args(
             sequences=self.sequences,
             dim=self.dim,
             state=self.state,
+            slots=int(events[:, 3].max()) + 1 if events is not None and self.events else 0,
             delta_softplus=delta_softplus,
             reverse=reverse,
             threads=torch.get_num_threads(),
@@ -81,7 +92,7 @@ class _Call:
                 setattr(self.args, f"{name}_stride", tensor.stride(0))
 
     def checkpoint_shape(self) -> tuple[int, int, int]:
-        return (self.tokens // TILE + self.sequences, self.state, self.dim)
+        return (self.tokens // TILE + self.sequences + self.events, self.state, self.dim)
 
     def run(self, function: str) -> None:
         compiled = library()
@@ -104,21 +115,31 @@ def scan_forward(
     cu_seqlens: Tensor | None,
     repeats: Tensor | None,
     reverse: bool,
+    events: Tensor | None,
+    event_bounds: Tensor | None,
+    alpha: Tensor | None,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and the states at the tiles' starts (empty unless `training`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the last state, the states at the tiles' starts and what the nodes mix (both empty unless
+    `training`).
+
+    The last three inputs are a block scan's nodes (see `flexbench.kernels.block`): events
+    (events, 4) int32, their bounds (sequences + 1,) int32 and weights (nodes, dim).
+    """
     call = _Call(
         *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
-        *(initial_state, cu_seqlens, repeats, reverse),
+        *(initial_state, cu_seqlens, repeats, reverse, events, event_bounds, alpha),
     )
     out = torch.empty(u.shape, dtype=torch.float32)
     last_state = torch.empty(call.sequences, call.dim, call.state)
+    nodes = 0 if alpha is None else len(alpha)
     checkpoints = torch.empty(call.checkpoint_shape() if training else 0)
+    gap = torch.empty((nodes, call.state, call.dim) if training and nodes else 0)
     call.attach({"out": out, "last_state": last_state})
     if training:
-        call.attach({"checkpoints": checkpoints})
+        call.attach({"checkpoints": checkpoints, "gap": gap})
     call.run("flexbench_scan_forward")
-    return out.to(u.dtype), last_state, checkpoints
+    return out.to(u.dtype), last_state, checkpoints, gap
 
 
 selective_scan_op = torch.library.custom_op(
@@ -141,16 +162,22 @@ def _(
     cu_seqlens: Tensor | None,
     repeats: Tensor | None,
     reverse: bool,
+    events: Tensor | None,
+    event_bounds: Tensor | None,
+    alpha: Tensor | None,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, dim = u.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     state = A.shape[1]
-    tiles = (batch * length // TILE + sequences, state, dim)
+    steps = 0 if events is None else len(events)
+    nodes = 0 if alpha is None else len(alpha)
+    tiles = (batch * length // TILE + sequences + steps, state, dim)
     return (
         torch.empty_like(u, memory_format=torch.contiguous_format),
         u.new_empty(sequences, dim, state, dtype=torch.float32),
         u.new_empty(tiles if training else (0,), dtype=torch.float32),
+        u.new_empty((nodes, state, dim) if training and nodes else (0,), dtype=torch.float32),
     )
 
 
@@ -158,6 +185,7 @@ def scan_backward(
     dout: Tensor,
     dlast: Tensor | None,
     checkpoints: Tensor,
+    gap: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -171,19 +199,25 @@ def scan_backward(
     cu_seqlens: Tensor | None,
     repeats: Tensor | None,
     reverse: bool,
+    events: Tensor | None,
+    event_bounds: Tensor | None,
+    alpha: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; empty where not given."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state, alpha; empty where not
+    given.
+    """
     call = _Call(
         *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
-        *(initial_state, cu_seqlens, repeats, reverse),
+        *(initial_state, cu_seqlens, repeats, reverse, events, event_bounds, alpha),
     )
     inputs: dict[str, Tensor | None] = {"du": u, "ddelta": delta, "dA": A, "dB": B, "dC": C}
     inputs |= {"dD": D, "dz": z, "ddelta_bias": delta_bias, "dinitial": initial_state}
+    inputs["dalpha"] = alpha
     grads = {
         name: None if tensor is None else torch.empty(tensor.shape, dtype=torch.float32)
         for name, tensor in inputs.items()
     }
-    kept = {"dout": packed(dout), "dlast": f32(dlast), "checkpoints": checkpoints}
+    kept = {"dout": packed(dout), "dlast": f32(dlast), "checkpoints": checkpoints, "gap": gap}
     call.attach(kept)
     call.attach(grads)
     call.run("flexbench_scan_backward")
@@ -203,6 +237,7 @@ def _(
     dout: Tensor,
     dlast: Tensor | None,
     checkpoints: Tensor,
+    gap: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -216,8 +251,11 @@ def _(
     cu_seqlens: Tensor | None,
     repeats: Tensor | None,
     reverse: bool,
+    events: Tensor | None,
+    event_bounds: Tensor | None,
+    alpha: Tensor | None,
 ) -> list[Tensor]:
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, alpha)
     return [
         u.new_empty(0, dtype=torch.float32)
         if t is None
@@ -227,33 +265,35 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, z, delta_bias, softplus, initial, cu_seqlens, repeats, reverse, _ = inputs
+    *tensors, softplus, initial, cu_seqlens, repeats, reverse, events, bounds, alpha, _ = inputs
     ctx.set_materialize_grads(False)  # no zeros for outputs that nobody used
     ctx.delta_softplus, ctx.reverse = softplus, reverse
     ctx.save_for_backward(
-        output[2], u, delta, A, B, C, D, z, delta_bias, initial, cu_seqlens, repeats
+        *(output[2], output[3], *tensors, initial, cu_seqlens, repeats, events, bounds, alpha)
     )
 
 
 def _gradients(ctx, backward, dout, dlast):  # type: ignore[no-untyped-def]
     if dout is None and dlast is None:
-        return (None,) * 14
-    checkpoints, *inputs, initial, cu_seqlens, repeats = ctx.saved_tensors
+        return (None,) * 17
+    checkpoints, gap, *inputs, initial, cu_seqlens, repeats, events, bounds, alpha = (
+        ctx.saved_tensors
+    )
     u, D, z, delta_bias = inputs[0], inputs[5], inputs[6], inputs[7]
     dout = torch.zeros_like(u) if dout is None else dout
     grads = backward(
-        *(dout, dlast, checkpoints, *inputs, ctx.delta_softplus),
-        *(initial, cu_seqlens, repeats, ctx.reverse),
+        *(dout, dlast, checkpoints, gap, *inputs, ctx.delta_softplus),
+        *(initial, cu_seqlens, repeats, ctx.reverse, events, bounds, alpha),
     )
-    optional = {5: D, 6: z, 7: delta_bias, 8: initial}
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (
+    optional = {5: D, 6: z, 7: delta_bias, 8: initial, 9: alpha}
+    *grads, dinitial, dalpha = (
         None if i in optional and optional[i] is None else grad for i, grad in enumerate(grads)
     )
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None, None, None, None
+    return *grads, None, dinitial, None, None, None, None, None, dalpha, None
 
 
 selective_scan_op.register_autograd(
-    lambda ctx, dout, dlast, _: _gradients(ctx, selective_scan_backward_op, dout, dlast),
+    lambda ctx, dout, dlast, *_: _gradients(ctx, selective_scan_backward_op, dout, dlast),
     setup_context=_setup_context,
 )
 
@@ -269,5 +309,19 @@ class EagerScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlast, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout, dlast, *_):  # type: ignore[no-untyped-def]
         return _gradients(ctx, scan_backward, dout, dlast)
+
+
+def run_scan(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """y and the last state: the inputs of `scan_forward` up to `alpha`, by the quickest way there.
+
+    Only what asks for gradients keeps what a backward pass needs.
+    """
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    run: Callable[..., tuple[Tensor, ...]] = selective_scan_op
+    if is_eager(tensors):
+        run = EagerScan.apply if training else scan_forward
+    y, last_state, *_ = run(*inputs, training)
+    return y, last_state

@@ -1,13 +1,16 @@
-// Selective scan on the CPU, forward and backward (the recurrence is in scan/__init__.py).
+// Selective scan on the CPU, forward and backward (the recurrence is in scan/__init__.py), and the
+// block scan, which is the same walk with nodes on the way (block/__init__.py).
 //
 // Channels lie in the vector lanes and a channel block's states in registers. A work item is one
-// sequence times one group of channel blocks; it walks the sequence in tiles of TILE steps. The
-// forward pass keeps the state at each tile's start; the backward pass recomputes a tile from it.
+// sequence times one group of channel blocks; it walks the sequence in tiles of TILE steps, cut
+// short where a node begins or ends. The forward pass keeps the state at each tile's start; the
+// backward pass recomputes a tile from it.
 // Every sum has a fixed order that depends on the shapes alone, so the bits do not depend on the
 // number of threads.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "../simd.h"
 
@@ -17,15 +20,32 @@ constexpr int MAX_BLOCKS = 8;  // channel blocks in a group
 
 extern "C" {
 
+// What happens to the state h on reaching a node's start, middle or end. A slot holds a state for as
+// long as its node is open; slots are numbered by depth.
+enum Operation : int32_t {
+  OPEN,  // slot = h
+  SWAP,  // h and slot change places
+  MIX,   // h = alpha h + (1 - alpha) slot
+};
+struct Event {
+  int32_t position;  // the token that it comes before
+  int32_t operation, node, slot;
+};
+
 // Rows are (tokens, dim) or (tokens, state) with a stride in floats; null where not given.
 struct ScanArgs {
-  int64_t sequences, dim, state;
+  int64_t sequences, dim, state, slots;
   int64_t u_stride, delta_stride, B_stride, C_stride, z_stride, dout_stride;
   const int32_t *cu_seqlens;  // (sequences + 1,)
   const float *u, *delta, *A, *B, *C, *D, *z, *delta_bias, *initial_state;
   const int32_t *repeats;      // (tokens,)
   float *out, *last_state;     // (tokens, dim), (sequences, dim, state)
-  float *checkpoints;          // (tokens / TILE + sequences, state, dim), null in inference
+  const Event *events;          // by sequence, in the order in which they happen
+  const int32_t *event_bounds;  // (sequences + 1,)
+  const float *alpha;           // (nodes, dim)
+  float *gap;                   // (nodes, state, dim) h - slot where it is mixed, null in inference
+  float *dalpha;
+  float *checkpoints;  // (tokens / TILE + sequences + events, state, dim), null in inference
   const float *dout, *dlast;   // dlast may be null
   float *du, *ddelta, *dA, *dB, *dC, *dD, *dz, *ddelta_bias, *dinitial;
   int32_t delta_softplus, reverse, threads;
@@ -37,16 +57,49 @@ int64_t flexbench_scan_tile() { return TILE; }
 namespace {
 
 struct Sequence {
-  int64_t first_row, step, length, first_tile;
+  int64_t start, first_row, step, length;
 
   Sequence(const ScanArgs &a, int64_t s) {
-    int64_t start = a.cu_seqlens[s], end = a.cu_seqlens[s + 1];
+    int64_t end = a.cu_seqlens[s + 1];
+    start = a.cu_seqlens[s];
     length = end - start;
     first_row = a.reverse ? end - 1 : start;
     step = a.reverse ? -1 : 1;
-    first_tile = start / TILE + s;  // leaves room for each sequence's short last tile
   }
   int64_t row(int64_t t) const { return first_row + step * t; }
+};
+
+// A tile's place: up to TILE steps of a sequence from `begin` on, after events first_event up to
+// last_event. A last one of no steps may hold the events at the sequence's end.
+struct Span {
+  int64_t begin;
+  int steps;
+  int64_t first_event, last_event;
+};
+
+// The spans of all sequences; those of sequence s begin at bounds[s].
+struct Walk {
+  std::vector<Span> spans;
+  std::vector<int64_t> bounds;
+
+  explicit Walk(const ScanArgs &a) {
+    spans.reserve(a.cu_seqlens[a.sequences] / TILE + a.sequences);
+    for (int64_t s = 0; s < a.sequences; ++s) {
+      const Sequence sequence(a, s);
+      bounds.push_back((int64_t)spans.size());
+      int64_t event = a.events ? a.event_bounds[s] : 0, end = a.events ? a.event_bounds[s + 1] : 0;
+      int64_t t = 0, first = event;
+      do {
+        while (event < end && a.events[event].position - sequence.start <= t) ++event;
+        const int64_t stop = event < end ? a.events[event].position - sequence.start : sequence.length;
+        if (t == stop && first < event) spans.push_back({t, 0, first, event});
+        for (; t < stop; t += spans.back().steps, first = event)
+          spans.push_back({t, (int)std::min<int64_t>(TILE, stop - t), first, event});
+        first = event;
+      } while (t < sequence.length || event < end);
+    }
+    bounds.push_back((int64_t)spans.size());
+  }
 };
 
 // Large groups read whole rows; small ones give more work items where sequences are few.
@@ -214,10 +267,10 @@ struct Group {
 
   Block block(int i) const { return Block(a, first_block + i); }
 
-  Rows rows(int64_t begin) const {
-    int64_t first = s.row(begin);
+  Rows rows(const Span &span) const {
+    int64_t first = s.row(span.begin);
     Rows r;
-    r.steps = (int)std::min<int64_t>(TILE, s.length - begin);
+    r.steps = span.steps;
     r.B = a.B + first * a.B_stride, r.B_step = s.step * a.B_stride;
     r.C = a.C + first * a.C_stride, r.C_step = s.step * a.C_stride;
     r.repeats = a.repeats ? a.repeats + first : nullptr, r.repeats_step = s.step;
@@ -252,9 +305,9 @@ struct Group {
     for (int64_t t = begin; t < end; ++t) prefetch_row<WRITE>(base + s.row(t) * stride);
   }
   template <bool WRITE>
-  void prefetch_checkpoint(int64_t tile) const {
-    if (!a.checkpoints || tile < 0) return;
-    const float *slot = a.checkpoints + (s.first_tile + tile) * a.state * a.dim;
+  void prefetch_checkpoint(int64_t span) const {
+    if (!a.checkpoints) return;
+    const float *slot = a.checkpoints + span * a.state * a.dim;
     for (int64_t n = 0; n < a.state; ++n) prefetch_row<WRITE>(slot + n * a.dim);
   }
 
@@ -272,13 +325,37 @@ void load_A(const ScanArgs &a, const Block &b, Vec *A2) {
   for (int64_t n = 0; n < a.state; ++n) A2[n] *= LOG2E;
 }
 
+// Applies one event to the group's states h, (blocks, state).
+void pass_node(const Group &group, const Event &event, Vec *h, Vec *slot) {
+  const ScanArgs &a = group.a;
+  const int64_t N = a.state;
+  if (event.operation != MIX) {
+    for (int64_t k = 0; k < group.blocks * N; ++k) {
+      Vec held = slot[k];
+      slot[k] = h[k];
+      if (event.operation == SWAP) h[k] = held;
+    }
+    return;
+  }
+  for (int i = 0; i < group.blocks; ++i) {
+    Block b = group.block(i);
+    Vec alpha = load(a.alpha + event.node * a.dim + b.channel, b.lanes);
+    for (int64_t n = 0; n < N; ++n) {
+      Vec &after = h[i * N + n], held = slot[i * N + n];
+      if (a.gap) store(a.gap + (event.node * N + n) * a.dim + b.channel, after - held, b.lanes);
+      after = alpha * after + (1.0f - alpha) * held;
+    }
+  }
+}
+
 template <bool REPEATS>
-void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int blocks) {
+void forward_item(const ScanArgs &a, const Walk &walk, int64_t sequence, int64_t first_block,
+                  int blocks) {
   const int64_t N = a.state;
   const Group group(a, sequence, first_block, blocks);
   const Sequence &s = group.s;
-  Scratch scratch(2 * N * blocks);
-  Vec *A2 = scratch.get(), *h = A2 + N * blocks;
+  Scratch scratch((2 + a.slots) * N * blocks);
+  Vec *A2 = scratch.get(), *h = A2 + N * blocks, *slots = h + N * blocks;
   Tile tiles[MAX_BLOCKS];
   for (int i = 0; i < blocks; ++i) {
     Block b = group.block(i);
@@ -288,8 +365,13 @@ void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int 
     else
       std::fill_n(h + i * N, N, Vec{});
   }
-  for (int64_t begin = 0; begin < s.length; begin += TILE) {
-    const Rows rows = group.rows(begin);
+  for (int64_t k = walk.bounds[sequence]; k < walk.bounds[sequence + 1]; ++k) {
+    const Span &span = walk.spans[k];
+    for (int64_t e = span.first_event; e < span.last_event; ++e)
+      pass_node(group, a.events[e], h, slots + a.events[e].slot * N * blocks);
+    if (!span.steps) break;
+    const int64_t begin = span.begin;
+    const Rows rows = group.rows(span);
     group.for_rows(begin, rows.steps, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
       Vec u = load(a.u + row * a.u_stride + channel, lanes);
       Vec delta = group.step_size(row, channel, lanes);
@@ -300,11 +382,11 @@ void forward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int 
     group.prefetch<false>(a.delta, a.delta_stride, begin + TILE);
     group.prefetch<false>(a.z, a.z_stride, begin + TILE);
     group.prefetch<true>(a.out, a.dim, begin);
-    if (begin + TILE < s.length) group.prefetch_checkpoint<true>(begin / TILE + 1);
+    if (k + 1 < walk.bounds[sequence + 1]) group.prefetch_checkpoint<true>(k + 1);
     for (int i = 0; i < blocks; ++i) {
       Block b = group.block(i);
       if (a.checkpoints) {
-        float *slot = a.checkpoints + (s.first_tile + begin / TILE) * N * a.dim + b.channel;
+        float *slot = a.checkpoints + k * N * a.dim + b.channel;
         for (int64_t n = 0; n < N; ++n) store(slot + n * a.dim, h[i * N + n], b.lanes);
       }
       for_state_chunks(N, [&](auto size, int64_t n) {
@@ -376,9 +458,35 @@ inline void retreat(BackwardTile &tile, const Rows &rows, const Vec *A2, Vec *ds
   for (int n = 0; n < NB; ++n) dstate[n] = dh[n], dA_sum[n] = dA[n];
 }
 
+// The adjoint of pass_node.
+void unpass_node(const Group &group, const Event &event, Vec *dh, Vec *dslot) {
+  const ScanArgs &a = group.a;
+  const int64_t N = a.state;
+  if (event.operation != MIX) {
+    for (int64_t k = 0; k < group.blocks * N; ++k)
+      if (event.operation == SWAP)
+        std::swap(dh[k], dslot[k]);
+      else
+        dh[k] += dslot[k];
+    return;
+  }
+  for (int i = 0; i < group.blocks; ++i) {
+    Block b = group.block(i);
+    Vec alpha = load(a.alpha + event.node * a.dim + b.channel, b.lanes), dalpha{};
+    for (int64_t n = 0; n < N; ++n) {
+      Vec &d = dh[i * N + n];
+      dalpha += d * load(a.gap + (event.node * N + n) * a.dim + b.channel, b.lanes);
+      dslot[i * N + n] = (1.0f - alpha) * d;
+      d *= alpha;
+    }
+    store(a.dalpha + event.node * a.dim + b.channel, dalpha, b.lanes);
+  }
+}
+
 template <bool REPEATS>
-void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int blocks, float *dB_out,
-                   float *dC_out, float *dA_out, float *dD_out, float *dbias_out) {
+void backward_item(const ScanArgs &a, const Walk &walk, int64_t sequence, int64_t first_block,
+                   int blocks, float *dB_out, float *dC_out, float *dA_out, float *dD_out,
+                   float *dbias_out) {
   const int64_t N = a.state;
   const Group group(a, sequence, first_block, blocks);
   const Sequence &s = group.s;
@@ -389,12 +497,14 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
   BackwardTile tiles[MAX_BLOCKS];
   // The odd sizes keep the arrays from lying a multiple of 4 KiB apart, which would stall them.
   Vec kept_h[(TILE + 1) * CHUNK + 5], kept_a[TILE * CHUNK + 13], dB[TILE * CHUNK + 13], dC[TILE * CHUNK];
-  Scratch scratch(4 * N * blocks);
+  Scratch scratch((4 + a.slots) * N * blocks);
+  Vec *dstates = scratch.get(), *dslots = dstates + N * blocks;
   for (int i = 0; i < blocks; ++i) {
     Block b = group.block(i);
     auto &sum = sums[i];
-    sum.A2 = scratch.get() + 4 * N * i;
-    sum.h = sum.A2 + N, sum.dh = sum.h + N, sum.dA = sum.dh + N;
+    sum.dh = dstates + N * i;
+    sum.A2 = dslots + a.slots * N * blocks + 3 * N * i;
+    sum.h = sum.A2 + N, sum.dA = sum.h + N;
     load_A(a, b, sum.A2);
     std::fill_n(sum.dA, N, Vec{});
     if (a.dlast)
@@ -403,10 +513,19 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
       std::fill_n(sum.dh, N, Vec{});
   }
 
-  for (int64_t k = (s.length + TILE - 1) / TILE - 1; k >= 0; --k) {
-    const int64_t begin = k * TILE;
-    const Rows rows = group.rows(begin);
-    const int steps = rows.steps;
+  auto pass_events = [&](const Span &span) {
+    for (int64_t e = span.last_event - 1; e >= span.first_event; --e)
+      unpass_node(group, a.events[e], dstates, dslots + a.events[e].slot * N * blocks);
+  };
+  for (int64_t k = walk.bounds[sequence + 1] - 1; k >= walk.bounds[sequence]; --k) {
+    const Span &span = walk.spans[k];
+    const int64_t begin = span.begin;
+    const int steps = span.steps;
+    if (!steps) {
+      pass_events(span);
+      continue;
+    }
+    const Rows rows = group.rows(span);
     group.for_rows(begin, steps, [&](int t, int64_t row, int i, int64_t channel, auto lanes) {
       BackwardTile &tile = tiles[i];
       Vec u = load(a.u + row * a.u_stride + channel, lanes);
@@ -427,13 +546,13 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
     group.prefetch<false>(a.delta, a.delta_stride, begin - TILE);
     group.prefetch<false>(a.dout, a.dout_stride, begin - TILE);
     group.prefetch<false>(a.z, a.z_stride, begin - TILE);
-    group.prefetch_checkpoint<false>(k - 1);
+    if (k > walk.bounds[sequence]) group.prefetch_checkpoint<false>(k - 1);
     group.prefetch<true>(a.du, a.dim, begin);
     group.prefetch<true>(a.ddelta, a.dim, begin);
     group.prefetch<true>(a.dz, a.dim, begin);
     for (int i = 0; i < blocks; ++i) {
       Block b = group.block(i);
-      const float *slot = a.checkpoints + (s.first_tile + k) * N * a.dim + b.channel;
+      const float *slot = a.checkpoints + k * N * a.dim + b.channel;
       for (int64_t n = 0; n < N; ++n) sums[i].h[n] = load(slot + n * a.dim, b.lanes);
     }
     // States outside, channel blocks inside: what a chunk keeps stays in the first-level cache.
@@ -472,6 +591,7 @@ void backward_item(const ScanArgs &a, int64_t sequence, int64_t first_block, int
       sums[i].dbias += draw;
       sums[i].dD += tile.dy[t] * tile.u[t];
     });
+    pass_events(span);
   }
   for (int i = 0; i < blocks; ++i) {
     Block b = group.block(i);
@@ -502,21 +622,21 @@ void flexbench_scan_forward(const ScanArgs *args) {
   const int size = group_blocks(a);
   const int64_t blocks = (a.dim + LANES - 1) / LANES, groups = (blocks + size - 1) / size;
   const int64_t items = a.sequences * groups;
+  const Walk walk(a);
   const int threads = worthwhile(a.threads, items, a.cu_seqlens[a.sequences] * a.dim * a.state);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t item = 0; item < items; ++item) {
     int64_t sequence = item / groups, first = item % groups * size;
     int count = (int)std::min<int64_t>(size, blocks - first);
-    (a.repeats ? forward_item<true> : forward_item<false>)(a, sequence, first, count);
+    (a.repeats ? forward_item<true> : forward_item<false>)(a, walk, sequence, first, count);
   }
   if (!a.checkpoints) return;
-  int64_t slots = a.cu_seqlens[a.sequences] / TILE + a.sequences;
-  for (int64_t s = 0; s < a.sequences; ++s) {
-    Sequence here(a, s);
-    int64_t used = here.first_tile + (here.length + TILE - 1) / TILE;
-    int64_t next = s + 1 < a.sequences ? Sequence(a, s + 1).first_tile : slots;
-    std::fill(a.checkpoints + used * a.state * a.dim, a.checkpoints + next * a.state * a.dim, 0.0f);
-  }
+  int64_t room = a.cu_seqlens[a.sequences] / TILE + a.sequences;
+  if (a.events) room += a.event_bounds[a.sequences];
+  const int64_t used = (int64_t)walk.spans.size(), one = a.state * a.dim;
+  for (int64_t k = 0; k < used; ++k)
+    if (!walk.spans[k].steps) std::fill_n(a.checkpoints + k * one, one, 0.0f);
+  std::fill(a.checkpoints + used * one, a.checkpoints + room * one, 0.0f);
 }
 
 void flexbench_scan_backward(const ScanArgs *args) {
@@ -531,13 +651,14 @@ void flexbench_scan_backward(const ScanArgs *args) {
   float *dC_parts = groups > 1 ? dBC.get() + groups * per_group : a.dC;
   float *dbias = dD.get() + a.sequences * a.dim;
   const int64_t items = a.sequences * groups;
+  const Walk walk(a);
   const int threads = worthwhile(a.threads, items, a.cu_seqlens[a.sequences] * a.dim * a.state);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t item = 0; item < items; ++item) {
     int64_t sequence = item / groups, group = item % groups, first = group * size;
     int count = (int)std::min<int64_t>(size, blocks - first);
     (a.repeats ? backward_item<true> : backward_item<false>)(
-        a, sequence, first, count, dB_parts + group * per_group, dC_parts + group * per_group, dA.get(),
+        a, walk, sequence, first, count, dB_parts + group * per_group, dC_parts + group * per_group, dA.get(),
         dD.get(), dbias);
   }
   if (groups > 1) {
