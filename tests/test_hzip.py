@@ -22,6 +22,9 @@ from flexbench.models import (
     match_width,
     resolve,
 )
+from flexbench.models.flexblock import build_guide_map
+from flexbench.models.flexblock.merge import build_tree
+from flexbench.models.hzip.blocks import BlockStructure
 from flexbench.tasks.base import registry as tasks
 
 F64 = torch.float64
@@ -35,11 +38,12 @@ VARIANTS: list[dict[str, Any]] = [
     {"context_kernel": 0, "gradient_side": "centred", "gradient_window": 2},
     {"gradient_window": 0},
     {"dynamic_kernels": DYNAMIC},
+    {"block_gating": 2, "merge_threshold": 0.0},
     LEAN,
     {**LEAN, "share": "projections", "gate_norm": False},
     {**LEAN, "gate_form": "scalar", "gradient_window": 0},
     {**LEAN, "context_kernel": 0, "gate_form": "softmax"},
-    {**LEAN, "dynamic_kernels": DYNAMIC},
+    {**LEAN, "dynamic_kernels": DYNAMIC, "block_gating": 2},
     {**LEAN, "fusion_at": "model"},
     {**LEAN, "form": "dense"},
     {**LEAN, "form": "diag"},
@@ -55,9 +59,9 @@ each_variant = pytest.mark.parametrize(
 
 
 def mixer(d_model: int = 6, **options: Any) -> HZipMamba:
-    """In float64, away from the initialisation at which every gate is ½."""
+    """In float64, at evaluation, away from the initialisation at which every gate is ½."""
     torch.manual_seed(0)
-    made = HZipMamba(d_model, 4, **options).double()
+    made = HZipMamba(d_model, 4, **options).double().eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -72,6 +76,27 @@ def readings(made: HZipMamba, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
     u, z = forward.project(x)
     u_r = u if made.share == "projections" else reverse.in_proj(x)
     return forward.scan(u, None)[0], reverse.scan(u_r, None)[0], z[0]
+
+
+def by_the_map(blocks: BlockStructure, context: Tensor) -> Tensor:
+    """The structure of one sequence's steps: the map's rows and the tree's nodes, one at a time."""
+    lengths = torch.tensor([len(context)])
+    found = blocks.scorer(context[None], lengths)
+    tree = build_tree(found, lengths, blocks.l0)
+    guide = build_guide_map(found, lengths, l0=blocks.l0, merge_threshold=blocks.merge_threshold)
+    rows = []
+    for start, length, level, kind in zip(
+        *(column.tolist() for column in (guide.start, guide.length, guide.level, guide.type)),
+        strict=True,
+    ):
+        node, here = start // blocks.l0 // 2**level, tree[level]
+        for place in range(length):
+            said = [here.homogeneity, here.reverse, here.bidirectional]
+            numbers = [each[0, node].item() for each in said]
+            numbers += [float(kind == each) for each in range(3)]
+            numbers += [math.log2(length), place / length]
+            rows.append(torch.cat([here.summary[0, node], torch.tensor(numbers, dtype=F64)]))
+    return torch.stack(rows)
 
 
 def by_the_formulas(made: HZipMamba, x: Tensor, options: dict[str, Any]) -> Tensor:
@@ -120,6 +145,10 @@ def by_the_formulas(made: HZipMamba, x: Tensor, options: dict[str, Any]) -> Tens
                     total = total + m * seen
         return F.silu(total)
 
+    structure = None
+    if fusion.blocks is not None:
+        contexts = torch.stack([context(t) for t in range(length)])
+        structure = by_the_map(fusion.blocks, contexts)
     out = []
     for t in range(length):
         if gate_form in ("sum", "mean"):
@@ -143,6 +172,8 @@ def by_the_formulas(made: HZipMamba, x: Tensor, options: dict[str, Any]) -> Tens
                     for f, feature in enumerate(features):
                         logits[g] = logits[g] + fusion.diagonal[g, f] * feature
             elif features:
+                if fusion.blocks is not None:
+                    features.insert(1, structure[t])
                 parts = [] if fusion.told is None else [fusion.told.weight]
                 parts += [] if fusion.down is None else list(fusion.down.unbind(1))
                 hidden = torch.cat(parts, 1) @ torch.cat(features) + fusion.hidden_bias
@@ -174,7 +205,9 @@ def test_gates_start_at_a_half_and_both_directions_learn(options):
     x = torch.randn(2, 9, 6)
     y = made(x)
     if options.get("gate_form") != "sum":
-        mean = HZipMamba(6, **{**options, "gate_form": "mean", "dynamic_kernels": ()})
+        mean = HZipMamba(
+            6, **{**options, "gate_form": "mean", "dynamic_kernels": (), "block_gating": 0}
+        )
         mean.load_state_dict(made.state_dict(), strict=False)
         torch.testing.assert_close(y, mean(x))
     for name in ("forward gate", "backward gate"):
@@ -203,10 +236,10 @@ def test_gradcheck(options):
 @each_variant
 def test_packed_sequences_are_what_they_are_alone(options):
     made = mixer(**options)
-    lengths = [5, 1, 11, 0, 2]
+    lengths = [5, 1, 11, 2]
     x = torch.randn(1, sum(lengths), 6, dtype=F64)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    alone = [made(part) for part in x.split([n for n in lengths if n], 1)]
+    alone = [made(part) for part in x.split(lengths, 1)]
     torch.testing.assert_close(made(x, bounds), torch.cat(alone, 1))
 
 
@@ -251,6 +284,22 @@ def test_the_mixture_starts_uniform_and_learns():
     made(torch.randn(1, 9, 6)).square().sum().backward()
     torch.testing.assert_close(made.trace["kernel mixture"], torch.full((1, 9, 3), 1 / 3))
     assert made.fusion.context.controller[-1].weight.grad.abs().sum() > 0
+
+
+def test_block_gating_tells_the_gates_of_blocks_that_the_scorer_learns():
+    torch.manual_seed(0)
+    made = HZipMamba(6, **{**LEAN, "block_gating": 4, "merge_threshold": 0.0})
+    torch.nn.init.normal_(made.fusion.up)
+    made.trace = {}
+    made(torch.randn(2, 30, 6)).square().sum().backward()
+    guide = made.trace["guide map"]
+    guide.validate()
+    assert guide.lengths.tolist() == [30, 30]
+    assert int(guide.level.max()) > 0
+    scorer = made.fusion.blocks.scorer
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in scorer.parameters())
+    # One row each for summary, REV, both directions and types: all of them learn.
+    assert (scorer.output.weight.grad.abs().sum(1) > 0).all()
 
 
 def test_mamba_ssm_s_arguments_come_first():
@@ -343,6 +392,7 @@ def test_a_model_of_ragged_batches():
         ({"dynamic_kernels": [[3, 1], [5, 1], [4, 1]]}, "odd widths"),
         ({"dynamic_kernels": DYNAMIC, "gate_form": "input"}, "read the context"),
         ({"form": "diag", "gate_form": "scalar"}, "cannot be 'scalar'"),
+        ({"form": "diag", "block_gating": 16}, "block_gating needs"),
         ({"gate_form": "vectr"}, "vector"),
     ],
 )

@@ -144,8 +144,10 @@ class Mamba(nn.Module):
             reverse=self.reverse,
         )
 
-    def scan_inputs(self, u: Tensor, z: Tensor, factor: Tensor | None = None) -> dict[str, Any]:
-        """The arguments of `selective_scan` for the convolved u and for z.
+    def scan_inputs(
+        self, u: Tensor, z: Tensor | None, factor: Tensor | None = None
+    ) -> dict[str, Any]:
+        """The arguments of `selective_scan` for the convolved u and for z, if any.
 
         `factor`, (batch, length, 1), multiplies Δ.
         """

@@ -1,4 +1,4 @@
-"""HZip-Mamba: two readings of a sequence, fused by gates that see context and rate of change."""
+"""From two readings to one: the context, the gates, and the options of both."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import PositiveInt
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from flexbench import kernels
 from flexbench.kernels.fuse.reference import Neighbours, rms_normalise
-from flexbench.models.base import registry
-from flexbench.models.bimamba import Share
-from flexbench.models.mamba import Mamba, MambaOptions, rescale_residual
+from flexbench.models.hzip.blocks import BlockStructure
 
 GateForm = Literal[
     "sum", "mean", "constant", "concat-linear", "scalar", "vector", "softmax", "input"
@@ -107,6 +104,8 @@ class GatedFusion(nn.Module):
         gradient_smoothing: int,
         gradient_side: str,
         gate_norm: bool,
+        block_gating: int,
+        merge_threshold: float,
         **factory: Any,
     ) -> None:
         super().__init__()
@@ -121,6 +120,7 @@ class GatedFusion(nn.Module):
             "softmax": gate_form == "softmax",
         }
         self.context: Context | None = None
+        self.blocks: BlockStructure | None = None
         self.linear: nn.Linear | None = None
         self.told: nn.Linear | None = None
         for name in ("taps", "taps_bias", "down", "hidden_bias", "up", "diagonal", "bias"):
@@ -144,10 +144,13 @@ class GatedFusion(nn.Module):
         fused = 2 if self.window else 0
         shapes = dynamic_kernels or (((context_kernel, 1),) if context_kernel else ())
         if gated and shapes:
-            if form == "dense" or dynamic_kernels:
+            if form == "dense" or dynamic_kernels or block_gating:
                 width = rank if form == "dense" else None
                 self.context = Context(dim, width, shapes, d_input, **factory)
                 told = width or dim
+                if block_gating:
+                    self.blocks = BlockStructure(told, block_gating, merge_threshold).to(**factory)
+                    told += self.blocks.width
             else:
                 fused += 1
                 self.taps, self.taps_bias = zeros(dim, 2, context_kernel), zeros(dim)
@@ -174,7 +177,7 @@ class GatedFusion(nn.Module):
         y_b: Tensor,
         z: Tensor | None,
         cu_seqlens: Tensor | None,
-        trace: dict[str, Tensor] | None,
+        trace: dict[str, Any] | None,
     ) -> Tensor:
         """The fused reading, times silu(z) where that is given.
 
@@ -187,11 +190,7 @@ class GatedFusion(nn.Module):
             return y if z is None else y * F.silu(z)
         told = x if self.gate_form == "input" else None
         if self.context is not None:
-            told, mixture = self.context(x, y_f, y_b, Neighbours(y_f, cu_seqlens))
-            if self.gate_norm:
-                told = rms_normalise(told)
-            if trace is not None and mixture is not None:
-                trace["kernel mixture"] = mixture.detach()
+            told = self._explicit(x, y_f, y_b, cu_seqlens, trace)
         dim = y_f.shape[-1]
         inputs: dict[str, Any] = {
             "taps": self.taps,
@@ -211,126 +210,37 @@ class GatedFusion(nn.Module):
         y = kernels.hzip_fuse(y_f, y_b, z, **inputs, **self.options)
         return 2 * y if self.gate_form == "sum" else y
 
-
-class HZipMamba(nn.Module):
-    """A forward and a backward Mamba reading, fused by gates::
-
-        c = silu(conv(y_f, y_b))                  the context, `context_kernel` wide
-        G_f[t] = |y_f[t] - y_f[t - 1]|            the rate of change, zero at the ends
-        G_b[t] = |y_b[t] - y_b[t + 1]|
-        g_f, g_b = sigmoid(MLP_f(c, G_f, G_b)), sigmoid(MLP_b(c, G_f, G_b))
-        y = g_f * y_f + g_b * y_b
-
-    Each MLP has one hidden layer with SiLU; its output starts at zero and so both gates at ½. No
-    context and no rate of change reaches beyond a sequence's end.
-
-    `fusion_at="model"`, the design note's: y_f and y_b are the outputs of two whole Mamba modules.
-    At "inner" they are the scans' outputs, of width d_inner, and one gate z and one out_proj follow
-    the fusion.
-
-    Args:
-        d_model, *mamba, **options: those of `Mamba`, in its order; both directions get them.
-        context_kernel: width of the context, odd; 0: gates without it.
-        gradient_window: steps over which the rate of change is a mean; 0: gates without it.
-        gradient_smoothing: odd width of a moving average over the rate of change; above 1 the
-            compiled kernel cannot serve.
-        gradient_side: "one", the side each scan comes from, or "centred", both.
-        gate_form: "vector", the design; "scalar", one value for all channels; "softmax",
-            g_f + g_b = 1; "input", from the layer's input alone; "constant", learned, one a
-            channel; "concat-linear", W (y_f, y_b), which starts as the mean; "mean"; "sum".
-        gate_rank: hidden units of each MLP and, in the dense form, width of the context; None: 8 if
-            lean; if dense the width of y_f, or d_inner where that is smaller.
-        gate_norm: context, G_f and G_b are each divided by their root mean square over channels.
-        fusion_at: "model" or "inner".
-        form: "dense"; "lean", where a channel's context sees that channel's two readings alone;
-            "diag", lean with gates that are linear in their own channel's context and rates.
-        share: "none", or "projections": both directions share in_proj (and out_proj).
-        dynamic_kernels: (width, dilation) of three kernels or more, which a network that reads the
-            input and both readings mixes at each position, in place of `context_kernel`.
-
-    Attributes:
-        trace: None, or a dict, in which `forward` leaves "forward gate" and "backward gate" (batch,
-            length, channels), and "kernel mixture" (batch, length, kernels).
-
-    Raises:
-        ValueError: options that do not go together.
-    """
-
-    def __init__(
+    def _explicit(
         self,
-        d_model: int,
-        *mamba: Any,
-        context_kernel: int = 3,
-        gradient_window: int = 1,
-        gradient_smoothing: int = 1,
-        gradient_side: Literal["one", "centred"] = "one",
-        gate_form: GateForm = "vector",
-        gate_rank: int | None = None,
-        gate_norm: bool = False,
-        fusion_at: Literal["model", "inner"] = "model",
-        form: Form = "dense",
-        share: Share = "none",
-        dynamic_kernels: Kernels = (),
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        check_options(
-            context_kernel, gradient_window, gradient_smoothing, gate_form, form, dynamic_kernels
-        )
-        self.fusion_at, self.share = fusion_at, share
-        self.trace: dict[str, Tensor] | None = None
-        self.mamba_fwd = forward = Mamba(d_model, *mamba, **options)
-        self.mamba_rev = reverse = Mamba(d_model, *mamba, **options, reverse=True)
-        inner, in_proj = forward.d_inner, forward.in_proj
-        factory = {"device": in_proj.weight.device, "dtype": in_proj.weight.dtype}
-        if share == "projections":
-            reverse.in_proj = in_proj
-        elif fusion_at == "inner":  # z comes from the forward module
-            reverse.in_proj = nn.Linear(d_model, inner, in_proj.bias is not None, **factory)
-        if share == "projections" or fusion_at == "inner":
-            reverse.out_proj = forward.out_proj
-        dim = d_model if fusion_at == "model" else inner
-        rank = gate_rank or (min(dim, inner) if form == "dense" else LEAN_RANK)
-        self.fusion = GatedFusion(
-            dim,
-            d_model,
-            gate_form=gate_form,
-            form=form,
-            rank=rank,
-            context_kernel=context_kernel,
-            dynamic_kernels=dynamic_kernels,
-            gradient_window=gradient_window,
-            gradient_smoothing=gradient_smoothing,
-            gradient_side=gradient_side,
-            gate_norm=gate_norm,
-            **factory,
-        )
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Mix along the sequence in both directions; shapes as in `Mamba.forward`."""
-        forward, reverse = self.mamba_fwd, self.mamba_rev
-        z = None
-        if self.fusion_at == "inner":
-            u, z = forward.project(x)
-            u_r = u if self.share == "projections" else reverse.in_proj(x)
-            y_f, y_b = forward.scan(u, None, cu_seqlens), reverse.scan(u_r, None, cu_seqlens)
-        elif self.share == "projections":
-            u, gate = forward.project(x)
-            scans = (direction.scan(u, gate, cu_seqlens) for direction in (forward, reverse))
-            y_f, y_b = map(forward.out_proj, scans)
-        else:
-            y_f, y_b = forward(x, cu_seqlens), reverse(x, cu_seqlens)
-        y = self.fusion(x, y_f, y_b, z, cu_seqlens, self.trace)
-        return forward.out_proj(y) if self.fusion_at == "inner" else y
+        x: Tensor,
+        y_f: Tensor,
+        y_b: Tensor,
+        cu_seqlens: Tensor | None,
+        trace: dict[str, Any] | None,
+    ) -> Tensor:
+        """What the kernel cannot make itself: a context with channels mixed, and the blocks."""
+        assert self.context is not None
+        context, mixture = self.context(x, y_f, y_b, Neighbours(y_f, cu_seqlens))
+        told = rms_normalise(context) if self.gate_norm else context
+        if trace is not None and mixture is not None:
+            trace["kernel mixture"] = mixture.detach()
+        if self.blocks is None:
+            return told
+        structure, guide = self.blocks(context, cu_seqlens)
+        if trace is not None:
+            trace["guide map"] = guide
+        return torch.cat([told, structure], dim=-1)
 
 
 def check_options(
+    *,
     context_kernel: int,
     gradient_window: int,
     gradient_smoothing: int,
     gate_form: GateForm,
     form: Form,
     dynamic_kernels: Kernels,
+    block_gating: int,
 ) -> None:
     """Refuse what does not go together.
 
@@ -349,58 +259,7 @@ def check_options(
         raise ValueError("dynamic_kernels must be three different (width, dilation) or more")
     if dynamic_kernels and (form == "diag" or not reads):
         raise ValueError("dynamic_kernels need dense or lean gates that read the context")
+    if block_gating and (form == "diag" or not reads or not (context_kernel or dynamic_kernels)):
+        raise ValueError("block_gating needs dense or lean gates that read the context")
     if form == "diag" and gate_form in ("scalar", "input"):
         raise ValueError(f"gates of form 'diag' cannot be '{gate_form}'")
-
-
-class HZipOptions(MambaOptions):
-    """What `HZipMamba` can be told."""
-
-    causal = False
-
-    context_kernel: NonNegativeInt = 3
-    gradient_window: NonNegativeInt = 1
-    gradient_smoothing: PositiveInt = 1
-    gradient_side: Literal["one", "centred"] = "one"
-    gate_form: GateForm = "vector"
-    gate_rank: PositiveInt | None = None
-    gate_norm: bool = False
-    fusion_at: Literal["model", "inner"] = "model"
-    form: Form = "dense"
-    share: Share = "none"
-    dynamic_kernels: Kernels = Field((), description="(width, dilation) of three kernels or more")
-
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        check_options(
-            *(self.context_kernel, self.gradient_window, self.gradient_smoothing),
-            *(self.gate_form, self.form, self.dynamic_kernels),
-        )
-        return self
-
-    def build(self, d_model: int, *, layer: int, n_layers: int) -> HZipMamba:
-        own = set(HZipOptions.model_fields) - set(MambaOptions.model_fields)
-        return rescale_residual(
-            HZipMamba(d_model, **self.mamba_options, **self.model_dump(include=own)), n_layers
-        )
-
-    def state_size(self, d_model: int) -> int:
-        return 2 * self.scan_state(d_model)
-
-
-@registry.register("hzip")
-class HZipConfig(HZipOptions):
-    """The design note to the letter. At equal parameters scanners and gates narrow together."""
-
-    summary = "HZip-Mamba to the letter: two readings fused by dense gates"
-
-
-@registry.register("hzip-lean")
-class HZipLeanConfig(HZipOptions):
-    """HZip-Mamba as we would use it: low-rank gates between the scans and one out_proj."""
-
-    summary = "HZip-Mamba with low-rank gates, fused before the projection"
-
-    gate_norm: bool = True
-    fusion_at: Literal["model", "inner"] = "inner"
-    form: Form = "lean"
