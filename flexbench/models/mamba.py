@@ -76,10 +76,10 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.ones(inner, device=device))
         self.out_proj = nn.Linear(inner, d_model, bias=bias, device=device, dtype=dtype)
 
-        _mark(self.A_log, _no_weight_decay=True, _ssm=True)
-        _mark(self.D, _no_weight_decay=True)
-        _mark(self.dt_proj.weight, _ssm=True)
-        _mark(self.dt_proj.bias, _no_weight_decay=True, _ssm=True, _no_reinit=True)
+        mark(self.A_log, _no_weight_decay=True, _ssm=True)
+        mark(self.D, _no_weight_decay=True)
+        mark(self.dt_proj.weight, _ssm=True)
+        mark(self.dt_proj.bias, _no_weight_decay=True, _ssm=True, _no_reinit=True)
 
     @torch.no_grad()
     def _initialise_step(
@@ -183,7 +183,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _mark(parameter: Tensor, **marks: bool) -> None:
+def mark(parameter: Tensor, **marks: bool) -> None:
+    """Attributes that the optimiser looks for."""
     for name, value in marks.items():
         setattr(parameter, name, value)
 

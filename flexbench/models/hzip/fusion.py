@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flexbench import kernels
 from flexbench.kernels.fuse.reference import Neighbours, rms_normalise
 from flexbench.models.hzip.blocks import BlockStructure
+from flexbench.models.mamba import mark
 
 GateForm = Literal[
     "sum", "mean", "constant", "concat-linear", "scalar", "vector", "softmax", "input"
@@ -138,6 +139,7 @@ class GatedFusion(nn.Module):
 
         gates = 1 if gate_form == "scalar" else dim
         self.bias = zeros(2, gates)
+        mark(self.bias, _no_weight_decay=True)  # a bias for all its two axes
         if gate_form == "constant":
             return
         told = d_input if gate_form == "input" else 0
