@@ -36,7 +36,13 @@ class Hindsight(GeneratedTask):
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
             stack=StackConfig(d_model=32, n_layers=2),
-            training=TrainingConfig(steps=800, batch_size=32, learning_rates=(5e-3,)),
+            training=TrainingConfig(
+                steps=800,
+                batch_size=32,
+                learning_rates=(5e-3,),
+                evaluations=5,
+                validation_examples=500,
+            ),
             l0=16,
         ),
         "small": Preset(

@@ -39,7 +39,13 @@ class Needles(GeneratedTask):
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
             stack=STACK,
-            training=TrainingConfig(steps=1500, batch_size=32, learning_rates=(5e-3,)),
+            training=TrainingConfig(
+                steps=1200,
+                batch_size=16,
+                learning_rates=(5e-3,),
+                evaluations=5,
+                validation_examples=500,
+            ),
             l0=16,
         ),
         "small": Preset(

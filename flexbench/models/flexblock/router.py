@@ -58,7 +58,7 @@ class RouterOptions(StrictModel):
     reduce_stride: PositiveInt = Field(4, description="tokens of a run in a reduced leaf")
     resolution: Resolution = Field("block", description="fixed: runs do not grow with the block")
     router_gradient: RouterGradient = "saliency"
-    router_hold: float = Field(0.1, ge=0.0, le=1.0, description="drop of the loss that ends it")
+    router_hold: float = Field(0.05, ge=0.0, le=1.0, description="drop of the loss that ends it")
     router_warmup: float = Field(0.1, ge=0.0, le=1.0, description="share of steps to the target")
     exploration: float = Field(0.05, ge=0.0, le=1.0, description="of leaves, kept full at random")
 
@@ -230,7 +230,8 @@ class Router(nn.Module):
             readings = TwoReadings(guide, packing, forked, self.stride, self.resolution, row_length)
             reversal = self._reversal(found, guide, tree)
             route = replace(route, reversal=reversal, readings=readings)
-        self._count(route)
+        if self._collected is None:
+            self._count(route)
         if self.trace is not None:
             self.trace |= {"guide map": guide, "leaf score": score.detach()}
         return route
