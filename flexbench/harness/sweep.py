@@ -281,8 +281,7 @@ class _Overrides:
 
     def model(self, name: str, preset: Preset) -> MixerConfig:
         """The mixer's options as overridden, its inner width not yet solved."""
-        kind = resolve(name)
-        mixer = kind.parse({"l0": preset.l0} if "l0" in kind.model_fields else {})
+        mixer = resolve(name).for_preset(preset)
         for scope in ("model", name):
             mixer = mixer.override(self._values[scope], where=scope)
         return mixer

@@ -40,8 +40,8 @@ class Needles(GeneratedTask):
         "quick": Preset(
             stack=STACK,
             training=TrainingConfig(
-                steps=1200,
-                batch_size=16,
+                steps=1000,
+                batch_size=32,
                 learning_rates=(5e-3,),
                 evaluations=5,
                 validation_examples=500,
