@@ -7,14 +7,13 @@ memory (`harness/allocator.py`), from which both sides would gain.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +30,7 @@ from flexbench.errors import UserError, did_you_mean
 from flexbench.harness.environment import environment, machine
 from flexbench.kernels import causal_conv1d, selective_scan
 from flexbench.models import backbone_parameters, match_width, resolve
+from flexbench.models.flexblock import BlockType, GuideMap, Route, Router
 from flexbench.models.stack import Backbone
 from flexbench.records import write_json
 
@@ -160,19 +160,78 @@ def hzip_against_bimamba(model: str, d_model: int) -> tuple[str, str, Step, Step
     return shape, "bimamba, fusion add", ours, theirs
 
 
-MEASUREMENTS: dict[str, tuple[str, Callable[[], tuple[str, str, Step, Step]]]] = {
+class Follow(nn.Module):
+    """In a router's place: the same route, whatever comes."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        self.route = route
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Route:
+        return self.route
+
+
+def flexblock_against_mamba(
+    batch: int, length: int, computed: float, routed: bool = False
+) -> tuple[str, str, Step, Step]:
+    """A training step of flexblock against mamba's at the same inner width.
+
+    By a map fixed by hand: half of the blocks reversed, every leaf computed, or one in
+    1 / `computed` and nothing of the others. Or, `routed`, by maps that the router scores, merges
+    and packs anew for every batch, at the same ratio and with its own training.
+    """
+    d_model, n_layers, l0 = 128, 4, 64
+    stack = StackConfig(d_model=d_model, n_layers=n_layers)
+    options = {"l0": l0, "target_ratio": computed, "reduced_share": 0.0, "rev": "off"}
+    ours = Backbone(stack, resolve("flexblock").parse(options)).train()
+    theirs = Backbone(stack, resolve("mamba").parse({})).train()
+    assert isinstance(ours.router, Router)
+    if routed:
+        ours.router.after_step(1.0, 0.0)
+    else:
+        guide = GuideMap.uniform(batch, length, l0)
+        leaf = torch.arange(len(guide))
+        kind = torch.where(leaf % round(1 / computed) == 0, BlockType.FULL, BlockType.IDENTITY)
+        guide = replace(guide, type=kind, flags=leaf // round(1 / computed) % 2)
+        ours.router = Follow(Route.by_hand(guide, row_length=length))
+    x = torch.randn(batch, length, d_model)
+    shape = f"{n_layers} layers, d_model {d_model}, batch {batch}, length {length}"
+    return shape, "mamba", training_step(ours, x), training_step(theirs, x)
+
+
+MEASUREMENTS = {
     "scan": ("selective_scan, forward + backward", scan_against_mambapy),
     "scan-forward": ("selective_scan, forward", scan_against_reference),
     "conv": ("causal_conv1d + SiLU, forward + backward", conv_against_torch),
     "step": ("training step of mamba", stack_against_mambapy),
-    **{
-        f"{model}-{d_model}": (
-            f"training step of {model}",
-            functools.partial(hzip_against_bimamba, model, d_model),
-        )
-        for model in ("hzip-lean", "hzip")
-        for d_model in (64, 128)
-    },
+    "flexblock": (
+        "flexblock, half of the blocks reversed",
+        lambda: flexblock_against_mamba(4, 4096, 1.0),
+    ),
+    "flexblock-third": (
+        "flexblock, a third of the tokens",
+        lambda: flexblock_against_mamba(4, 4096, 1 / 3),
+    ),
+    "flexblock-routed": (
+        "flexblock, a third by its router",
+        lambda: flexblock_against_mamba(4, 4096, 1 / 3, routed=True),
+    ),
+    "flexblock-16k": (
+        "flexblock, half of the blocks reversed",
+        lambda: flexblock_against_mamba(1, 16384, 1.0),
+    ),
+    "flexblock-third-16k": (
+        "flexblock, a third of the tokens",
+        lambda: flexblock_against_mamba(1, 16384, 1 / 3),
+    ),
+    "flexblock-routed-16k": (
+        "flexblock, a third by its router",
+        lambda: flexblock_against_mamba(1, 16384, 1 / 3, routed=True),
+    ),
+    "hzip-lean-64": ("hzip-lean", lambda: hzip_against_bimamba("hzip-lean", 64)),
+    "hzip-lean-128": ("hzip-lean", lambda: hzip_against_bimamba("hzip-lean", 128)),
+    "hzip-64": ("hzip", lambda: hzip_against_bimamba("hzip", 64)),
+    "hzip-128": ("hzip", lambda: hzip_against_bimamba("hzip", 128)),
 }
 
 

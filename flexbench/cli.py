@@ -239,6 +239,39 @@ def list_command(
         _print("\n\n".join(f"{each}\n{getattr(listing, each)()}" for each in KINDS))
 
 
+@app.command(
+    "inspect",
+    rich_help_panel="Inspect",
+    epilog=_examples("inspect --task listops --model flexblock"),
+)
+def inspect_command(
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="Which task.")],
+    run: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="RUN",
+            help="A model, of which the newest finished run is taken, or a run's directory.",
+        ),
+    ],
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", help="How many test samples.")
+    ] = 4,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="The PNG. (default: in DIR/inspect)"),
+    ] = None,
+    results: Results = Path("results"),
+    data_dir: DataDir = None,
+    offline: Offline = False,
+) -> None:
+    """Draw what a trained model does with test samples: guide maps, gates, answers."""
+    from flexbench.inspection import inspect
+
+    store = _store(data_dir, offline)
+    _print(str(inspect(task, run, results, store, samples=samples, output=output)))
+
+
 Chosen = Annotated[
     list[str] | None, typer.Argument(metavar="TASK", help="Which tasks. (default: all)")
 ]

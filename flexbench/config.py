@@ -83,11 +83,16 @@ class TrainingConfig(StrictModel):
 
 
 class Preset(StrictModel):
-    """How a task is run at one size: its options, the stack and the training budget."""
+    """How a task is run at one size: its options, the stack and the training budget.
+
+    `l0` is the smallest block, in steps, of models that cut sequences into blocks; it leaves at
+    least 16 in a sequence.
+    """
 
     options: dict[str, Any] = {}
     stack: StackConfig = StackConfig()
     training: TrainingConfig = TrainingConfig()
+    l0: PositiveInt = 64
 
 
 PRESETS = ("quick", "small", "paper")

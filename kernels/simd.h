@@ -42,8 +42,13 @@ static inline void store(float *p, Vec x, int lanes) {
 static inline Vec select(VecInt mask, Vec yes, Vec no) {
   return (Vec)((mask & (VecInt)yes) | (~mask & (VecInt)no));
 }
+#if defined(__AVX512F__)
+static inline Vec vmax(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline Vec vmin(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 static inline Vec vmax(Vec a, Vec b) { return select(a > b, a, b); }
 static inline Vec vmin(Vec a, Vec b) { return select(a < b, a, b); }
+#endif
 static inline Vec vabs(Vec a) { return (Vec)((VecInt)a & 0x7fffffff); }
 
 // 2^x = 2^k (1 + r q(r)), k = round(x), |r| <= 1/2; q fitted for least relative error (9e-8).

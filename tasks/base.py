@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class Task(StrictModel, ABC):
         requires_causal: True refuses models that see the future.
         published: figures by model name, percent, never mixed with ours; `published_source` cites.
         presets: how to run it at each size.
+        view: how a sample of values is drawn: as a curve, or as a square picture.
         resources: raw data it is made from, if any, for `flexbench data`.
         omitted: presets it is left out of, each with the reason that tables print.
     """
@@ -66,6 +67,7 @@ class Task(StrictModel, ABC):
     published: ClassVar[dict[str, float]] = {}
     published_source: ClassVar[str] = ""
     presets: ClassVar[dict[str, Preset]]
+    view: ClassVar[Literal["sequence", "image"]] = "sequence"
     resources: ClassVar[tuple[Resource, ...]] = ()
     omitted: ClassVar[dict[str, str]] = {}
 
@@ -84,6 +86,10 @@ class Task(StrictModel, ABC):
         Raises:
             DataUnavailable: `prepare` has not been run.
         """
+
+    def symbols(self, store: Store) -> list[str] | None:
+        """What token ids stand for, where that can be written; `load` must work."""
+        return None
 
     @abstractmethod
     def trivial_predictors(self, data: TaskData) -> dict[str, float]:

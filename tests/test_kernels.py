@@ -328,7 +328,10 @@ def test_conv(lengths, dim, width, bias, silu, reverse):
         )
 
     got = outputs_and_gradients(run("cpu"), inputs, torch.float32)
-    assert_close(got, outputs_and_gradients(run("reference"), inputs, F64))
+    wanted = outputs_and_gradients(run("reference"), inputs, F64)
+    assert_close(got[:2], wanted[:2])
+    # Sums over the tokens, which may cancel down to less than what rounding adds up to.
+    assert_close(got[2:], wanted[2:], 5e-6 * max(1, total) ** 0.5)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -364,6 +367,8 @@ def test_rms_norm(rows, dim):
         "x": torch.randn(rows, dim, dtype=F64, generator=draw),
         "weight": torch.randn(dim, dtype=F64, generator=draw),
     }
+    # Away from zero, where the gradient is a difference of large numbers.
+    inputs["x"] += inputs["x"].sign()
 
     def by_definition(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight

@@ -167,7 +167,7 @@ def plan(
                     raise UserError(reason)
                 cells.append(Cell(suite, name, model, preset, status="refused", reason=reason))
                 continue
-            mixer = match_width(settings.model(model), setup.stack, baseline)
+            mixer = match_width(settings.model(model, setup), setup.stack, baseline)
             grid = tuple(
                 TrialConfig(
                     suite=suite,
@@ -279,9 +279,9 @@ class _Overrides:
         training = preset.training.override(self._values["training"], where="training")
         return task, preset.model_copy(update={"stack": stack, "training": training})
 
-    def model(self, name: str) -> MixerConfig:
+    def model(self, name: str, preset: Preset) -> MixerConfig:
         """The mixer's options as overridden, its inner width not yet solved."""
-        mixer = resolve(name).parse({})
+        mixer = resolve(name).for_preset(preset)
         for scope in ("model", name):
             mixer = mixer.override(self._values[scope], where=scope)
         return mixer
@@ -289,7 +289,7 @@ class _Overrides:
     def baseline(self) -> MixerConfig:
         """The baseline's options; where it is not run, what it does not know leaves it alone."""
         if BASELINE in self._models:
-            return self.model(BASELINE)
+            return self.model(BASELINE, Preset())
         fields = resolve(BASELINE).model_fields
         shared = {key: value for key, value in self._values["model"].items() if key in fields}
         return resolve(BASELINE).parse({**shared, **self._values[BASELINE]}, where=BASELINE)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from pydantic import PositiveInt
 from torch import nn
+from typing_extensions import Self
 
-from flexbench.config import StrictModel
+from flexbench.config import Preset, StrictModel
 from flexbench.registry import Registry
 
 
@@ -43,6 +44,11 @@ class MixerConfig(StrictModel, ABC):
     @abstractmethod
     def build(self, d_model: int, *, layer: int, n_layers: int) -> nn.Module:
         """The mixer of layer `layer` (from 0) of `n_layers`."""
+
+    @classmethod
+    def for_preset(cls, preset: Preset) -> Self:
+        """The options a preset runs the mixer with: its own, and the preset's smallest block."""
+        return cls.parse({"l0": preset.l0} if "l0" in cls.model_fields else {})
 
     def build_router(self, d_model: int) -> nn.Module | None:
         """What is made once from the embedded input and handed to every layer as `guide`, if

@@ -52,5 +52,6 @@ def match_width(mixer: MixerConfig, stack: StackConfig, target: int) -> MixerCon
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if parameters(middle) < target else (low, middle)
-    nearest = min((low, high), key=lambda w: abs(parameters(w) - target) if w else target)
+    candidates = (low, high) if low else (high,)
+    nearest = min(candidates, key=lambda width: abs(parameters(width) - target))
     return mixer.override({"d_inner": nearest})

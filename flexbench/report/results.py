@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flexbench.config import PRESETS, StrictModel, TrainingConfig
+from flexbench.config import PRESETS, Preset, StrictModel, TrainingConfig
 from flexbench.errors import UserError
 from flexbench.harness.speed import speed_key
 from flexbench.harness.sweep import BASELINE
@@ -367,8 +367,10 @@ def _overrides(config: TrialConfig) -> tuple[str, ...]:
         preset = task.presets[config.preset]
         standard |= _flat("task", task.parse(preset.options))
         standard |= _flat("stack", preset.stack) | _training(preset.training)
+    else:
+        preset = Preset()
     if model:
-        standard |= _flat("model", model.parse({}))
+        standard |= _flat("model", model.for_preset(preset))
         standard.pop("model.d_inner", None)  # solved to match parameters
     actual = _settings(config)
     return tuple(

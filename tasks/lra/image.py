@@ -65,6 +65,7 @@ Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 class Image(Task):
     """What does a small grey picture show? Pixels in reading order in, one of ten classes out."""
 
+    view = "image"
     suite = "lra"
     summary = "grey CIFAR-10, pixel by pixel"
     chance = 0.1
@@ -84,6 +85,7 @@ class Image(Task):
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
             options={"size": 16},
+            l0=16,
             training=TrainingConfig(
                 steps=950,
                 batch_size=16,
@@ -93,10 +95,12 @@ class Image(Task):
             ),
         ),
         "small": Preset(
+            l0=32,
             stack=StackConfig(d_model=128, n_layers=4),
             training=TrainingConfig(steps=15_000, batch_size=50, learning_rates=(1e-3, 2e-3, 4e-3)),
         ),
         "paper": Preset(
+            l0=32,
             stack=StackConfig(d_model=512, n_layers=6, dropout=0.1),
             training=TrainingConfig(
                 steps=180_000,

@@ -214,6 +214,7 @@ class ListOps(TreeBounds, Task):
                 "max_args": 5,
                 "train": 50_000,
             },
+            l0=4,
             training=TrainingConfig(
                 steps=2600, learning_rates=(3e-3,), evaluations=6, validation_examples=1000
             ),
@@ -272,6 +273,9 @@ class ListOps(TreeBounds, Task):
             test=split(self.train + self.validation, self.test),
             source=prepared.source,
         )
+
+    def symbols(self, store: Store) -> list[str]:
+        return list(VOCABULARY)
 
     def trivial_predictors(self, data: TaskData) -> dict[str, float]:
         return {

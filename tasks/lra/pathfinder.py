@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -50,6 +50,7 @@ class MarkedSplit(ValueSplit):
 class Pathfinder(Picture, Task):
     """Two-way classification of pictures. Options are the generator's."""
 
+    view: ClassVar[Literal["sequence", "image"]] = "image"
     suite: ClassVar[str] = "lra"
     summary: ClassVar[str] = "are the two discs on one dashed curve? 32 x 32 pixels in a row"
     chance: ClassVar[float] = 0.5
@@ -67,6 +68,7 @@ class Pathfinder(Picture, Task):
     published_source: ClassVar[str] = PUBLISHED_SOURCE
     presets: ClassVar[dict[str, Preset]] = {
         "small": Preset(
+            l0=32,
             options={"train": 50_000, "validation": 2000, "test": 5000},
             stack=StackConfig(d_model=128, n_layers=4),
             training=TrainingConfig(
@@ -77,6 +79,7 @@ class Pathfinder(Picture, Task):
             ),
         ),
         "paper": Preset(
+            l0=32,
             stack=StackConfig(d_model=256, n_layers=6),
             training=TrainingConfig(
                 steps=200 * 2500,
@@ -160,6 +163,7 @@ class PathX(Pathfinder):
     }
     presets: ClassVar[dict[str, Preset]] = {
         "small": Preset(
+            l0=128,
             options={"train": 10_000, "validation": 1000, "test": 2000},
             stack=StackConfig(d_model=128, n_layers=4),
             training=TrainingConfig(
@@ -171,6 +175,7 @@ class PathX(Pathfinder):
             ),
         ),
         "paper": Preset(
+            l0=128,
             stack=StackConfig(d_model=256, n_layers=6),
             training=TrainingConfig(
                 steps=50 * 10_000,

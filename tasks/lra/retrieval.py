@@ -58,6 +58,7 @@ class Retrieval(Task):
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
             options={"max_length": 256},
+            l0=16,
             training=TrainingConfig(
                 steps=800, batch_size=16, learning_rates=(5e-3,), validation_examples=1000
             ),

@@ -108,6 +108,7 @@ class Text(Task):
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
             options={"max_length": 256, "crop": "tail", "test": 5000},
+            l0=16,
             training=TrainingConfig(
                 steps=900,
                 batch_size=16,
@@ -168,6 +169,10 @@ class Text(Task):
             test=split("test", np.arange(len(prepared["test_labels"]))[: self.test]),
             source=prepared.source,
         )
+
+    def symbols(self, store: Store) -> list[str]:
+        alphabet = store.load(self.name, self.version, {})["alphabet"]
+        return ["", "?", "■", *map(chr, alphabet)]
 
     def trivial_predictors(self, data: TaskData) -> dict[str, float]:
         return {

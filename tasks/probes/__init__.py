@@ -1,1 +1,1 @@
-"""Small tasks that ask for exactly what a design claims to do."""
+"""Probes: small tasks, each asking for exactly one thing that a design claims to do."""

@@ -58,6 +58,7 @@ class TwoSided(GeneratedTask):
     suite: ClassVar[str] = "probes"
     chance: ClassVar[float] = 1 / DIGITS
     license: ClassVar[str] = "generated"
+    omitted: ClassVar[dict[str, str]] = {"paper": "nothing is published"}
 
     length: int = Field(64, ge=4)
     marks: float = Field(0.1, gt=0.0, lt=1.0, description="share of marked digits")
@@ -78,6 +79,10 @@ class TwoSided(GeneratedTask):
             vocab_size=SUM + 1,
             output="token",
         )
+
+    def symbols(self, store: Store) -> list[str]:
+        digits = [str(digit) for digit in range(DIGITS)]
+        return [*digits, *(f"[{digit}]" for digit in digits), "<", ">", "+"]
 
     @abstractmethod
     def ask(self, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -104,9 +109,10 @@ class TwoSided(GeneratedTask):
         }
 
 
-def _preset(options: dict[str, Any], *, steps: int, batch_size: int) -> Preset:
+def _preset(options: dict[str, Any], *, steps: int, batch_size: int, l0: int) -> Preset:
     """Seconds on a core; one layer, so that only the fusion can bring both sides together."""
     return Preset(
+        l0=l0,
         options={**options, "validation": 300, "test": 400},
         stack=StackConfig(d_model=48, n_layers=1),
         training=TrainingConfig(
@@ -116,6 +122,7 @@ def _preset(options: dict[str, Any], *, steps: int, batch_size: int) -> Preset:
 
 
 SMALL = Preset(
+    l0=16,
     options={"length": 256, "marks": 0.05, "queries": 0.1},
     stack=StackConfig(d_model=128, n_layers=1),
     training=TrainingConfig(steps=10_000, batch_size=64, learning_rates=(1e-3, 3e-3, 1e-2)),
@@ -143,7 +150,9 @@ class EitherSide(TwoSided):
 
     summary: ClassVar[str] = "recall the last marked digit before, or the next after, as flagged"
     presets: ClassVar[dict[str, Preset]] = {
-        "quick": _preset({"length": 96, "marks": 0.05, "queries": 0.1}, steps=300, batch_size=16),
+        "quick": _preset(
+            {"length": 96, "marks": 0.05, "queries": 0.1}, steps=300, batch_size=16, l0=4
+        ),
         "small": SMALL,
     }
 
@@ -162,7 +171,7 @@ class BothSides(TwoSided):
 
     summary: ClassVar[str] = "the sum modulo ten of the marked digits on both sides"
     presets: ClassVar[dict[str, Preset]] = {
-        "quick": _preset({"length": 32, "marks": 0.2}, steps=800, batch_size=32),
+        "quick": _preset({"length": 32, "marks": 0.2}, steps=800, batch_size=32, l0=2),
         "small": SMALL,
     }
 

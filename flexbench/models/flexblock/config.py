@@ -36,7 +36,9 @@ class FlexBlockConfig(MambaOptions, RouterOptions):
         return rescale_residual(mixer, n_layers)
 
     def build_router(self, d_model: int) -> nn.Module | None:
-        return Router(d_model, self.router_options) if self.scope == "model" else None
+        if self.scope == "layer":
+            return None
+        return Router(d_model, self.router_options, gated=self.gate_form != "none")
 
     @property
     def router_options(self) -> RouterOptions:

@@ -60,7 +60,7 @@ class FlexBlockMamba(Mamba):
         self.options = RouterOptions.parse(chosen)
         self.gate_form, self.gate_nodes = gate_form, gate_nodes
         self.scope = scope
-        router = Router(d_model, self.options)
+        router = Router(d_model, self.options, gated=gate_form != "none")
         self.router = router if own_router else None
         if gate_form != "none":
             channels = 1 if gate_form.endswith("scalar") else self.d_inner

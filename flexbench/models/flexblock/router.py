@@ -58,7 +58,7 @@ class RouterOptions(StrictModel):
     reduce_stride: PositiveInt = Field(4, description="tokens of a run in a reduced leaf")
     resolution: Resolution = Field("block", description="fixed: runs do not grow with the block")
     router_gradient: RouterGradient = "saliency"
-    router_hold: float = Field(0.1, ge=0.0, le=1.0, description="drop of the loss that ends it")
+    router_hold: float = Field(0.05, ge=0.0, le=1.0, description="drop of the loss that ends it")
     router_warmup: float = Field(0.1, ge=0.0, le=1.0, description="share of steps to the target")
     exploration: float = Field(0.05, ge=0.0, le=1.0, description="of leaves, kept full at random")
 
@@ -160,7 +160,12 @@ class Router(nn.Module):
 
     Until the task's loss has fallen by `router_hold`, everything is computed and directions are
     random; then the ratio falls to its target. At evaluation types are cut at thresholds that
-    `calibrate` finds on training data, so a sequence's map does not depend on its batch.
+    passes over training data set, so a sequence's map does not depend on its batch.
+
+    Args:
+        d_model: width of the input.
+        options: see there.
+        gated: whether the layers' node gates read the attributes, and so train the scorer.
     """
 
     thresholds: Tensor
@@ -173,9 +178,10 @@ class Router(nn.Module):
     OBSERVED = ("loss", "observations")
     LEVELS = 16
 
-    def __init__(self, d_model: int, options: RouterOptions) -> None:
+    def __init__(self, d_model: int, options: RouterOptions, *, gated: bool = False) -> None:
         super().__init__()
         self.options = options
+        self.gated = gated
         uniform = options.router_gradient == "uniform"
         self.stride = round(1 / options.target_ratio) if uniform else options.reduce_stride
         self.resolution: Resolution = "fixed" if uniform else options.resolution
@@ -211,13 +217,15 @@ class Router(nn.Module):
             lengths: (batch,) int64 real tokens of each row; None: all.
             cu_seqlens: (sequences + 1,) int32 bounds of the packed sequences.
         """
-        found, lengths = self.attributes(x, lengths, cu_seqlens)
+        observed = self._observes()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (observed or self._steers)):
+            found, lengths = self.attributes(x, lengths, cu_seqlens)
         tokens = self._tokens(found, lengths)
         score = self._score(found)
         if self._collected is not None:
             self._collected.append((found, lengths))
         types = self._types(score, tokens)
-        factor, types = self._factor(found, score, types, tokens)
+        factor, types = self._factor(found, score, types, tokens, observed)
         keep = None
         if self.options.router_gradient == "gate":
             keep = found.type_logits.softmax(-1)[..., BlockType.FULL]
@@ -230,9 +238,11 @@ class Router(nn.Module):
             readings = TwoReadings(guide, packing, forked, self.stride, self.resolution, row_length)
             reversal = self._reversal(found, guide, tree)
             route = replace(route, reversal=reversal, readings=readings)
-        self._count(route)
+        if self._collected is None:
+            self._count(route)
         if self.trace is not None:
-            self.trace |= {"guide map": guide, "leaf score": score.detach()}
+            scores = score.detach().repeat_interleave(self.options.l0, 1)
+            self.trace |= {"guide map": guide, "leaf score": scores}
         return route
 
     def tree(
@@ -277,18 +287,40 @@ class Router(nn.Module):
         )
         return tree, to_map(tree, level_of_leaf, options.l0, options.rev_threshold)
 
+    def _observes(self) -> bool:
+        """Whether this pass measures saliency: in training, once the ratio has settled now and
+        then."""
+        if not self.training or self.options.router_gradient != "saliency":
+            return False
+        return not self.settled or float(torch.rand(())) < OBSERVED_SHARE
+
+    @property
+    def _steers(self) -> bool:
+        """Whether the task's own loss sends gradients to the scorer."""
+        options = self.options
+        return (
+            options.rev == "learned"
+            or self.gated
+            or options.router_gradient in ("ste", "gate", "soft")
+        )
+
     def _factor(
-        self, found: BlockAttributes, score: Tensor, types: Tensor, tokens: Tensor
+        self,
+        found: BlockAttributes,
+        score: Tensor,
+        types: Tensor,
+        tokens: Tensor,
+        observed: bool,
     ) -> tuple[Tensor | None, Tensor]:
         """What a leaf's output and Δ are multiplied by while it trains, and the types for that."""
         if not self.training:
             return None, types
-        probability = found.type_logits.softmax(-1)
         if self.options.router_gradient == "saliency":
-            if self.settled and float(torch.rand(())) >= OBSERVED_SHARE:
+            if not observed:
                 return None, types
-            observed = tokens.gt(0) & types.ne(BlockType.IDENTITY)
-            return _Saliency.apply(score, observed, self.tally[0]), types
+            computed = tokens.gt(0) & types.ne(BlockType.IDENTITY)
+            return _Saliency.apply(score, computed, self.tally[0]), types
+        probability = found.type_logits.softmax(-1)
         if self.options.router_gradient == "ste":
             taken = probability.gather(-1, types[..., None]).squeeze(-1)
             factor = taken + (1 - taken).detach()

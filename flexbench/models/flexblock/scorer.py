@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,18 +21,18 @@ class Scorer(nn.Module):
     """Attributes of every leaf of `l0` tokens, each from its own tokens and their neighbours.
 
     The input is normalised, projected to `features` channels, and goes through depthwise
-    convolutions of several widths and dilations; per leaf their mean, maximum and deviation over
-    its real tokens feed a small MLP. Summaries lose their running mean over training before they
-    are normalised, since raw ones all point the same way; homogeneity is computed, not learned:
-    1 minus the features' variance within the leaf over their running variance. Both running
-    statistics are frozen at evaluation.
+    convolutions of several widths and dilations and a ReLU; per leaf their mean, maximum and
+    deviation over its real tokens feed a small MLP. Summaries lose their running mean over training
+    before they are normalised, since raw ones all point the same way; homogeneity is computed, not
+    learned: 1 minus the features' variance within the leaf over their running variance. Both
+    running statistics are frozen at evaluation.
     """
 
     running_mean: Tensor
     running_variance: Tensor
     batches: Tensor
 
-    def __init__(self, d_model: int, l0: int, features: int = 24, summary: int = 16) -> None:
+    def __init__(self, d_model: int, l0: int, features: int = 16, summary: int = 16) -> None:
         super().__init__()
         self.l0 = l0
         self.sizes = (summary, 1, 1, 3)
@@ -60,26 +62,33 @@ class Scorer(nn.Module):
             x: (batch, length, d_model), right-padded.
             lengths: (batch,) int64 real tokens, at least 1.
         """
-        batch, length, _ = x.shape
+        _, length, d_model = x.shape
         leaves = -(-length // self.l0)
+        begins = torch.arange(leaves, device=x.device) * self.l0
+        tokens = (lengths[:, None] - begins).clamp(0, self.l0)[:, None]  # (batch, 1, leaves)
         x = x.detach()
-        x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
-        x = F.pad(self.project(x), (0, 0, 0, leaves * self.l0 - length))
-        real = torch.arange(leaves * self.l0, device=x.device) < lengths[:, None]
-        x = (x * real[..., None]).transpose(1, 2)
-        convolved = torch.cat([F.gelu(conv(x)) for conv in self.convolutions], 1)
-        tokens = convolved.unflatten(2, (leaves, self.l0))  # (batch, channels, leaves, l0)
-        mask = real.view(batch, 1, leaves, self.l0)
-        count = mask.sum(-1).clamp_min(1)
-        mean = (tokens * mask).sum(-1) / count
-        variance = ((tokens - mean[..., None]) * mask).square().sum(-1) / count
-        highest = tokens.masked_fill(~mask, -torch.inf).amax(-1)
-        highest = torch.where(mask.any(-1), highest, 0.0)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(d_model)
+        x = self.project(x) / (size + 1e-6)
+        x = F.pad(x.transpose(1, 2), (0, leaves * self.l0 - length))
+        real = None
+        if int(lengths.min()) < leaves * self.l0:
+            real = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
+            x = x * real
+        x = torch.cat([conv(x) for conv in self.convolutions], 1).relu_()
+        if real is not None:  # zeros change neither sums nor, after a ReLU, maxima
+            x = x * real
+        count = tokens.clamp_min(1)
+        mean = F.avg_pool1d(x, self.l0) * (self.l0 / count)
+        square = (
+            torch.linalg.vector_norm(x.unflatten(2, (leaves, self.l0)), dim=-1).square() / count
+        )
+        variance = (square - mean.square()).clamp_min(0)
+        highest = F.max_pool1d(x, self.l0)
         pooled = torch.cat([mean, highest, (variance + 1e-6).sqrt()], 1).transpose(1, 2)
         raw = self.output(F.gelu(self.hidden(pooled)))
         summary, reverse, bidirectional, logits = raw.split(self.sizes, dim=-1)
         if self.training:
-            self._track(summary[mask.any(-1)[:, 0]], tokens, mask)
+            self._track(summary, mean, square, tokens)
         spread = (variance / self.running_variance[:, None]).mean(1)
         return BlockAttributes(
             summary=unit(summary - self.running_mean),
@@ -90,11 +99,12 @@ class Scorer(nn.Module):
         )
 
     @torch.no_grad()
-    def _track(self, summaries: Tensor, tokens: Tensor, mask: Tensor) -> None:
+    def _track(self, summary: Tensor, mean: Tensor, square: Tensor, tokens: Tensor) -> None:
+        """Move the running statistics towards those of a batch, given those of its leaves."""
         self.batches += 1
         share = 1 / self.batches.clamp(max=round(1 / SMALLEST_SHARE))
-        total = mask.sum()
-        mean = (tokens * mask).sum((0, 2, 3)) / total
-        variance = (tokens.square() * mask).sum((0, 2, 3)) / total - mean.square()
-        self.running_mean.lerp_(summaries.mean(0), share)
-        self.running_variance.lerp_(variance.clamp_min(1e-6), share)
+        weight = tokens / tokens.sum()
+        mean, square = ((x * weight).sum((0, 2)) for x in (mean, square))
+        real = (tokens[:, 0] > 0)[..., None]
+        self.running_mean.lerp_((summary * real).sum((0, 1)) / real.sum(), share)
+        self.running_variance.lerp_((square - mean.square()).clamp_min(1e-6), share)
