@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexbench.kernels.build import library
-from flexbench.kernels.ffi import f32, packed, pointer
+from flexbench.kernels.ffi import bounds, f32, packed, pointer
 
 ROWS = ("y_f", "y_b", "z", "hidden")
 INPUTS = (
@@ -47,20 +47,18 @@ def _run(
     y_f, taps, up = inputs["y_f"], inputs["taps"], inputs["up"]
     assert y_f is not None
     batch, length, dim = y_f.shape
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
-    bounds = cu_seqlens.to(torch.int32).contiguous()
+    starts = bounds(batch, length) if cu_seqlens is None else cu_seqlens.int().contiguous()
     kept = {name: packed(t) if name in ROWS else f32(t) for name, t in inputs.items()}
     kept["dout"] = packed(dout)
     strides = {name: kept[name] for name in (*ROWS, "dout")}
     args = _Args(
-        sequences=bounds.numel() - 1,
+        sequences=starts.numel() - 1,
         dim=dim,
         width=0 if taps is None else taps.shape[2],
         hidden_width=0 if up is None else 2 * up.shape[2],
         features=(taps is not None) + 2 * (window > 0),
         window=window,
-        cu_seqlens=pointer(bounds),
+        cu_seqlens=pointer(starts),
         centred=centred,
         normalise=normalise,
         softmax=softmax,
