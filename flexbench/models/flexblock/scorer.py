@@ -36,7 +36,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.l0 = l0
         self.sizes = (summary, 1, 1, 3)
-        self.project = nn.Linear(d_model, features)
+        self.project = nn.Linear(d_model, features, bias=False)
         self.convolutions = nn.ModuleList(
             nn.Conv1d(
                 features,
