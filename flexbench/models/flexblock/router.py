@@ -277,9 +277,7 @@ class Router(nn.Module):
             x = torch.nn.utils.rnn.pad_sequence(
                 x.detach()[0].split(lengths.tolist()), batch_first=True
             )
-        with torch.autocast(x.device.type, enabled=False):  # a threshold needs every bit
-            dtype = self.scorer.project.weight.dtype
-            return self.scorer(x.to(dtype), lengths), lengths
+        return self.scorer(x, lengths), lengths
 
     def _map(
         self, found: BlockAttributes, lengths: Tensor, types: Tensor
