@@ -29,7 +29,7 @@ from flexbench.config import StackConfig
 from flexbench.errors import UserError, did_you_mean
 from flexbench.harness.environment import environment, machine
 from flexbench.kernels import causal_conv1d, selective_scan
-from flexbench.models import resolve
+from flexbench.models import backbone_parameters, match_width, resolve
 from flexbench.models.flexblock import BlockType, GuideMap, Route, Router
 from flexbench.models.stack import Backbone
 from flexbench.records import write_json
@@ -148,6 +148,18 @@ def stack_against_mambapy() -> tuple[str, str, Step, Step]:
     return shape, "mambapy, Mamba", training_step(ours, x), training_step(theirs, x)
 
 
+def hzip_against_bimamba(model: str, d_model: int) -> tuple[str, str, Step, Step]:
+    """A training step of HZip-Mamba against bimamba's sum of two readings, at equal parameters."""
+    stack = StackConfig(d_model=d_model, n_layers=2)
+    target = backbone_parameters(resolve("mamba").parse({}), stack)
+    mixers = [match_width(resolve(name).parse({}), stack, target) for name in (model, "bimamba")]
+    x = torch.randn(8, 1024, d_model)
+    ours, theirs = (training_step(Backbone(stack, mixer), x) for mixer in mixers)
+    widths = " and ".join(str(mixer.d_inner) for mixer in mixers)
+    shape = f"2 layers, d_model {d_model}, d_inner {widths}, batch 8, length 1024"
+    return shape, "bimamba, fusion add", ours, theirs
+
+
 class Follow(nn.Module):
     """In a router's place: the same route, whatever comes."""
 
@@ -216,6 +228,10 @@ MEASUREMENTS = {
         "flexblock, a third by its router",
         lambda: flexblock_against_mamba(1, 16384, 1 / 3, routed=True),
     ),
+    "hzip-lean-64": ("hzip-lean", lambda: hzip_against_bimamba("hzip-lean", 64)),
+    "hzip-lean-128": ("hzip-lean", lambda: hzip_against_bimamba("hzip-lean", 128)),
+    "hzip-64": ("hzip", lambda: hzip_against_bimamba("hzip", 64)),
+    "hzip-128": ("hzip", lambda: hzip_against_bimamba("hzip", 128)),
 }
 
 
@@ -248,7 +264,7 @@ def main(device: str, only: list[str], output: Path | None) -> None:
     where = machine("cpu")
     rows = [
         (m.name, m.shape, f"{m.seconds * 1e3:.2f}", m.peer, f"{m.peer_seconds * 1e3:.1f}",
-         f"{m.ratio:.1f}", m.repetitions)
+         f"{m.ratio:.3g}", m.repetitions)
         for m in found
     ]  # fmt: skip
     headers = ("what", "shape", "ms", "peer", "peer ms", "times as fast", "repetitions")

@@ -27,7 +27,7 @@ from flexbench.cache import cache_directory
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("scan/scan.cpp", "conv/conv.cpp", "norm/norm.cpp", "rows/rows.cpp")
+SOURCES = ("scan/scan.cpp", "conv/conv.cpp", "norm/norm.cpp", "rows/rows.cpp", "fuse/fuse.cpp")
 HEADERS = ("simd.h",)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-w")
 # Tried in this order: some compilers know neither -march=native nor OpenMP.

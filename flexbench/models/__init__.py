@@ -5,12 +5,14 @@ from flexbench.interface import ProblemSpec
 from flexbench.models.base import MixerConfig, registry
 from flexbench.models.bimamba import BiMamba
 from flexbench.models.external import external
+from flexbench.models.hzip import HZipMamba
 from flexbench.models.mamba import Mamba
 from flexbench.models.matching import backbone_parameters, is_matched, match_width
 from flexbench.models.stack import SequenceModel
 
 __all__ = [
     "BiMamba",
+    "HZipMamba",
     "Mamba",
     "MixerConfig",
     "SequenceModel",

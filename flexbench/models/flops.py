@@ -28,6 +28,26 @@ def selective_scan_flops(u: Shape, delta: Shape, a: Shape, *_: Any, **__: Any) -
     return 7 * math.prod(u) * a[1]
 
 
+@register_flop_formula(torch.ops.flexbench.hzip_fuse)
+def hzip_fuse_flops(
+    y: Shape,
+    y_b: Shape,
+    z: Shape | None,
+    taps: Shape | None,
+    taps_bias: Shape | None,
+    down: Shape | None,
+    hidden: Shape | None,
+    hidden_bias: Shape | None,
+    up: Shape | None,
+    diagonal: Shape | None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """A multiplication and an addition for every weight of context and gates at every step."""
+    weights = sum(math.prod(w) for w in (taps, down, up, diagonal) if w is not None)
+    return 2 * math.prod(y[:2]) * weights
+
+
 def count_flops(model: nn.Module, batch: Batch) -> int:
     """Operations of one forward pass; a multiplication and an addition are two."""
     counter = FlopCounterMode(display=False)

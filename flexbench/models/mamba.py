@@ -76,10 +76,10 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.ones(inner, device=device))
         self.out_proj = nn.Linear(inner, d_model, bias=bias, device=device, dtype=dtype)
 
-        _mark(self.A_log, _no_weight_decay=True, _ssm=True)
-        _mark(self.D, _no_weight_decay=True)
-        _mark(self.dt_proj.weight, _ssm=True)
-        _mark(self.dt_proj.bias, _no_weight_decay=True, _ssm=True, _no_reinit=True)
+        mark(self.A_log, _no_weight_decay=True, _ssm=True)
+        mark(self.D, _no_weight_decay=True)
+        mark(self.dt_proj.weight, _ssm=True)
+        mark(self.dt_proj.bias, _no_weight_decay=True, _ssm=True, _no_reinit=True)
 
     @torch.no_grad()
     def _initialise_step(
@@ -123,10 +123,10 @@ class Mamba(nn.Module):
         u, z = (F.linear(x, w, b) for w, b in zip(weight.chunk(2), biases, strict=True))
         return u, z
 
-    def scan(self, u: Tensor, z: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def scan(self, u: Tensor, z: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Convolution, scan and gate: u and z, the halves of in_proj's output, to out_proj's input.
 
-        All three are (batch, length, d_inner).
+        All three are (batch, length, d_inner); without z there is no gate.
         """
         u = self.convolve(u, cu_seqlens)
         inputs = self.scan_inputs(u, z)
@@ -144,8 +144,10 @@ class Mamba(nn.Module):
             reverse=self.reverse,
         )
 
-    def scan_inputs(self, u: Tensor, z: Tensor, factor: Tensor | None = None) -> dict[str, Any]:
-        """The arguments of `selective_scan` for the convolved u and for z.
+    def scan_inputs(
+        self, u: Tensor, z: Tensor | None, factor: Tensor | None = None
+    ) -> dict[str, Any]:
+        """The arguments of `selective_scan` for the convolved u and for z, if any.
 
         `factor`, (batch, length, 1), multiplies Δ.
         """
@@ -181,7 +183,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _mark(parameter: Tensor, **marks: bool) -> None:
+def mark(parameter: Tensor, **marks: bool) -> None:
+    """Attributes that the optimiser looks for."""
     for name, value in marks.items():
         setattr(parameter, name, value)
 
