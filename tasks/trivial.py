@@ -100,9 +100,9 @@ def pair_counts(batch: Batch, vocab_size: int) -> Tensor:
 
 def value_statistics(batch: Batch) -> Tensor:
     """A histogram of 32 bins over the values (clipped to [-3, 3]), their mean and deviation:
-    (examples, 34), for one channel.
+    (examples, 34), all channels together.
     """
-    values = batch.inputs[..., 0]
+    values = batch.inputs.flatten(1)
     bins = ((values.clamp(-3, 3) + 3) * (31 / 6)).round().long()
     histogram = torch.zeros(len(values), 32).scatter_add_(1, bins, torch.ones(values.shape))
     deviation, mean = torch.std_mean(values, dim=1, keepdim=True, correction=0)
