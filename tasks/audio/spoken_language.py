@@ -93,10 +93,10 @@ class SpokenLanguage(Task):
         "quick": Preset(
             options={"rate": 8000, "patch": 16},
             training=TrainingConfig(
-                steps=900,
+                steps=400,
                 batch_size=16,
                 learning_rates=(3e-3,),
-                evaluations=5,
+                evaluations=4,
                 validation_examples=600,
             ),
         ),

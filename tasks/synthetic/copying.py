@@ -29,7 +29,7 @@ class _Copying(GeneratedTask):
         "quick": Preset(
             options={"length": 48, "memorize": 8, "test": 1000},
             training=TrainingConfig(
-                steps=1500, batch_size=64, learning_rates=(3e-3,), validation_examples=500
+                steps=800, batch_size=64, learning_rates=(3e-3,), validation_examples=500
             ),
         ),
         "small": Preset(

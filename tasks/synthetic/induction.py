@@ -38,7 +38,7 @@ class InductionHeads(GeneratedTask):
         "quick": Preset(
             options={"length": 64, "ladder": ladder(14), "test": 1000},
             training=TrainingConfig(
-                steps=2000, batch_size=32, learning_rates=(3e-3,), validation_examples=500
+                steps=1000, batch_size=32, learning_rates=(3e-3,), validation_examples=500
             ),
         ),
         "small": Preset(

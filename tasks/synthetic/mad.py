@@ -23,14 +23,14 @@ WIDEST = 3
 """Tokens of the longest motif of fuzzy recall."""
 
 
-def presets(steps: int, examples: int = 12_800) -> dict[str, Preset]:
-    """Quick with so many steps; paper with so many training examples, two layers of width 128 and
-    200 epochs of batches of 128.
+def presets(steps: int, examples: int = 12_800, **quick: int) -> dict[str, Preset]:
+    """Quick with so many steps and these options; paper with so many training examples, two layers
+    of width 128 and 200 epochs of batches of 128.
     """
     rates = (1e-4, 5e-4, 1e-3)
     return {
         "quick": Preset(
-            options={"test": 1000},
+            options={"test": 1000, **quick},
             training=TrainingConfig(
                 steps=steps, batch_size=64, learning_rates=(3e-3,), validation_examples=500
             ),
@@ -155,7 +155,7 @@ class InContextRecall(_SingleRecall):
     """Keys and values are single tokens."""
 
     summary = "MAD: values of keys shown before, in context"
-    presets: ClassVar[dict[str, Preset]] = presets(800)
+    presets: ClassVar[dict[str, Preset]] = presets(800, length=64)
 
 
 @registry.register("mad-noisy-recall")
@@ -163,7 +163,7 @@ class NoisyRecall(_SingleRecall):
     """The same, with noise of other ids in a share of the pairs' places."""
 
     summary = "MAD: in-context recall among noise"
-    presets: ClassVar[dict[str, Preset]] = presets(800)
+    presets: ClassVar[dict[str, Preset]] = presets(900, length=64)
 
     noise: float = Field(0.2, ge=0.0, lt=1.0, description="share of pairs that are noise")
 
@@ -177,7 +177,7 @@ class FuzzyRecall(_Recall):
     """
 
     summary = "MAD: in-context recall of motifs of tokens"
-    presets: ClassVar[dict[str, Preset]] = presets(1200)
+    presets: ClassVar[dict[str, Preset]] = presets(900, length=64)
 
     vocabulary: int = Field(15, ge=2 * WIDEST, description="keys and values")
 
@@ -237,7 +237,7 @@ class Memorization(_MAD):
 
     summary = "MAD: a fixed table of keys and values, learnt by heart"
     chance = 1 / 128
-    presets: ClassVar[dict[str, Preset]] = presets(1500, examples=256)
+    presets: ClassVar[dict[str, Preset]] = presets(500, examples=256)
 
     length: PositiveInt = 32
     vocabulary: int = Field(255, ge=2, description="keys and values")
@@ -273,7 +273,7 @@ class Compression(_MAD):
 
     summary = "MAD: a whole random sequence from one state"
     chance = 1 / 15
-    presets: ClassVar[dict[str, Preset]] = presets(1500)
+    presets: ClassVar[dict[str, Preset]] = presets(1000, length=16)
 
     length: int = Field(32, ge=2, description="random tokens and the mark")
     vocabulary: PositiveInt = Field(15, description="random tokens")
@@ -304,7 +304,7 @@ class MADSelectiveCopying(_MAD):
 
     summary = "MAD: read back 16 tokens scattered among blanks"
     chance = 1 / 14
-    presets: ClassVar[dict[str, Preset]] = presets(800)
+    presets: ClassVar[dict[str, Preset]] = presets(800, length=64, memorize=8)
 
     length: PositiveInt = 256
     memorize: PositiveInt = Field(16, description="tokens to remember")
