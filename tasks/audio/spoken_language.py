@@ -87,7 +87,7 @@ class SpokenLanguage(Task):
     suite = "audio"
     summary = "nine languages, volunteers' clips of a word or two; tested on telephone prompts too"
     chance = 1 / len(LANGUAGES)
-    license = "tuxpaint-stamps: GPL-2; asterisk-core-sounds: CC BY-SA 3.0"
+    license = "tuxpaint-stamps: GPL-2; asterisk-core-sounds: CC BY-SA 3.0, Russian CC BY 3.0"
     resources = (CLIPS,)
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
