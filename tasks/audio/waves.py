@@ -98,7 +98,7 @@ def write_samples(folder: Path, recordings: Iterable[np.ndarray], what: str) -> 
             lengths.append(len(recording))
             out.write(recording.astype("<i2").tobytes())
     samples = create_array(folder / "samples.npy", (sum(lengths),), np.int16)
-    if lengths:
+    if samples.size:
         samples[:] = np.memmap(spool, dtype="<i2", mode="r")
     spool.unlink()
     return np.cumsum([0, *lengths], dtype=np.int64)

@@ -143,7 +143,7 @@ def _write(folder: Path, split: str, examples: Iterator[Example], classes: int) 
     if names and len(found) != classes:
         raise UserError(f"the {split} sequences are of {len(found)} classes, not {classes}")
     flat = create_array(folder / f"{split}_bases.npy", (sum(lengths),), np.uint8)
-    if lengths:
+    if flat.size:
         flat[:] = np.memmap(spool, dtype=np.uint8, mode="r")
     spool.unlink()
     numbers = {name: number for number, name in enumerate(found)}
