@@ -79,7 +79,9 @@ class Record(StrictModel):
     """One trial's outcome. Metrics are None unless it finished; accuracies are in [0, 1].
 
     Attributes:
-        metrics: test_accuracy, test_loss, validation_accuracy, validation_loss, best_step.
+        metrics: test_accuracy, test_mcc and test_f1 where the problem has them,
+            test_accuracy@<name> for each further test set, test_loss, test_examples,
+            validation_accuracy, validation_loss, best_step.
         model_facts: parameters, backbone_parameters, baseline_parameters (the matched target),
             matched (within 2 %), state_size, flops_per_token.
         diagnostics: what the model reports of itself, such as computed_token_ratio.
