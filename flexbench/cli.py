@@ -60,7 +60,7 @@ Models = Annotated[
         "--models",
         metavar="A,B",
         help="Registered models, or your own as package.module:Class. "
-        "(default: mamba,bimamba,alternating)",
+        "(default: mamba,bimamba,alternating,flexblock,hzip)",
         rich_help_panel=WHAT,
     ),
 ]

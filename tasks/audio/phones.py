@@ -54,6 +54,7 @@ class Phones(Task):
     resources = (FESTVOX,)
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=8,
             options={"window": 2048, "patch": 16},
             training=TrainingConfig(
                 steps=900,

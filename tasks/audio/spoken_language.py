@@ -91,6 +91,7 @@ class SpokenLanguage(Task):
     resources = (CLIPS,)
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=16,
             options={"rate": 8000, "patch": 16},
             training=TrainingConfig(
                 steps=400,

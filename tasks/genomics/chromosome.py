@@ -237,6 +237,7 @@ class Splice(_Chromosome):
     chance = 1 / 3
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=8,
             options={"context": 200},
             training=TrainingConfig(
                 steps=1000,
@@ -307,6 +308,7 @@ class Promoter(_Chromosome):
     chance = 0.5
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=16,
             options={"context": 256},
             training=TrainingConfig(
                 steps=800,

@@ -54,6 +54,7 @@ class DNaseCells(Task):
     resources = (DNASE,)
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=8,
             training=TrainingConfig(
                 steps=1000,
                 batch_size=32,
@@ -63,6 +64,7 @@ class DNaseCells(Task):
             ),
         ),
         "small": Preset(
+            l0=8,
             options={"reverse_complement": True},
             stack=StackConfig(d_model=128, n_layers=4, dropout=0.1),
             training=TrainingConfig(
@@ -74,6 +76,7 @@ class DNaseCells(Task):
             ),
         ),
         "paper": Preset(
+            l0=8,
             options={"reverse_complement": True},
             stack=StackConfig(d_model=256, n_layers=6, dropout=0.1),
             training=TrainingConfig(

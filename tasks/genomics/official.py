@@ -33,6 +33,7 @@ def presets(training: int, either_strand: bool = True) -> dict[str, Preset]:
     options = {"reverse_complement": either_strand}
     return {
         "small": Preset(
+            l0=8,
             options=options,
             stack=StackConfig(d_model=128, n_layers=4, dropout=0.1),
             training=TrainingConfig(
@@ -43,6 +44,7 @@ def presets(training: int, either_strand: bool = True) -> dict[str, Preset]:
             ),
         ),
         "paper": Preset(
+            l0=8,
             options=options,
             stack=StackConfig(d_model=128, n_layers=4),
             training=TrainingConfig(

@@ -84,6 +84,7 @@ class Manpages(Task):
     resources = (MANPAGES,)
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=4,
             options={"tokens": "words", "max_length": 64},
             stack=StackConfig(d_model=64, n_layers=2, dropout=0.3),
             training=TrainingConfig(

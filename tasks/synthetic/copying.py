@@ -27,6 +27,7 @@ class _Copying(GeneratedTask):
     chance = 1 / 14
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=4,
             options={"length": 48, "memorize": 8, "test": 1000},
             training=TrainingConfig(
                 steps=800, batch_size=64, learning_rates=(3e-3,), validation_examples=500

@@ -36,18 +36,21 @@ class InductionHeads(GeneratedTask):
     published_source = "arXiv 2312.00752, table 2: every length from 2^6 to 2^20"
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=4,
             options={"length": 64, "ladder": ladder(14), "test": 1000},
             training=TrainingConfig(
                 steps=1000, batch_size=32, learning_rates=(3e-3,), validation_examples=500
             ),
         ),
         "small": Preset(
+            l0=16,
             options={"ladder": ladder(16)},
             training=TrainingConfig(
                 steps=40_000, batch_size=16, learning_rates=(1e-3, 2e-3, 4e-3), evaluations=20
             ),
         ),
         "paper": Preset(
+            l0=16,
             options={"ladder": ladder(20)},
             stack=StackConfig(d_model=64, n_layers=2),
             training=TrainingConfig(

@@ -30,17 +30,20 @@ def presets(steps: int, examples: int = 12_800, **quick: int) -> dict[str, Prese
     rates = (1e-4, 5e-4, 1e-3)
     return {
         "quick": Preset(
+            l0=2,
             options={"test": 1000, **quick},
             training=TrainingConfig(
                 steps=steps, batch_size=64, learning_rates=(3e-3,), validation_examples=500
             ),
         ),
         "small": Preset(
+            l0=2,
             training=TrainingConfig(
                 steps=10_000, batch_size=128, learning_rates=(1e-3, 2e-3, 4e-3), evaluations=20
             ),
         ),
         "paper": Preset(
+            l0=2,
             options={"fresh": False, "examples": examples, "test": 1280},
             stack=StackConfig(d_model=128, n_layers=2),
             training=TrainingConfig(

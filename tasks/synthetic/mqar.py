@@ -31,17 +31,20 @@ class MQAR(GeneratedTask):
     chance = 1 / 8192
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=4,
             options={"test": 1000},
             training=TrainingConfig(
                 steps=1500, batch_size=64, learning_rates=(3e-3,), validation_examples=500
             ),
         ),
         "small": Preset(
+            l0=4,
             training=TrainingConfig(
                 steps=20_000, batch_size=64, learning_rates=(1e-3, 2e-3, 4e-3), evaluations=20
             ),
         ),
         "paper": Preset(
+            l0=32,
             options={"length": 512, "pairs": 64, "examples": 100_000, "fresh": False, "test": 3000},
             stack=StackConfig(d_model=128, n_layers=2),
             training=TrainingConfig(
