@@ -279,6 +279,9 @@ def test_trivial_predictors_know_little(task):
 
 @pytest.mark.parametrize("name", suites()["synthetic"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_valid(name, preset):
+def test_presets_are_valid_or_left_out_with_a_reason(name, preset):
     task = registry.get(name)
-    assert task.parse(task.presets[preset].options).spec.max_length > 0
+    if preset in task.presets:
+        assert task.parse(task.presets[preset].options).spec.max_length > 0
+    else:
+        assert task.omitted[preset]
