@@ -211,6 +211,11 @@ class FlexBlockMamba(Mamba):
             wide = max(part.shape[1] for part in alphas)
             nodes = torch.cat(bounds).int()
             alpha = torch.cat([part.expand(-1, wide) for part in alphas])
+        repeats = packed["repeats"]
+        if repeats is not None and self.options.reduce == "euler":
+            stretch = repeats[0, :, None].to(u.dtype)
+            factor = stretch if factor is None else factor * stretch
+            packed["repeats"] = None
         inputs = self.scan_inputs(u, z, factor)
         y = kernels.block_scan(**inputs, **packed, nodes=nodes, alpha=alpha)  # type: ignore[arg-type]
         return self.out_proj(cast(Tensor, y)[0])

@@ -56,6 +56,7 @@ class RouterOptions(StrictModel):
     target_ratio: float = Field(0.5, gt=0.0, le=1.0, description="computed tokens a real token")
     reduced_share: float = Field(0.25, ge=0.0, le=1.0, description="of tokens in reduced blocks")
     reduce_stride: PositiveInt = Field(4, description="tokens of a run in a reduced leaf")
+    reduce: Literal["exact", "euler"] = Field("exact", description="euler: Δ times the run")
     resolution: Resolution = Field("block", description="fixed: runs do not grow with the block")
     router_gradient: RouterGradient = "saliency"
     router_hold: float = Field(0.2, ge=0.0, le=1.0, description="drop of the loss that ends it")
