@@ -29,6 +29,9 @@ from flexbench.errors import UserError
 
 SCHEMA = 1
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 Outcome = Literal["finished", "diverged", "out of memory", "failed"]
 
 
@@ -213,6 +216,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise cannot_write(path, error) from error
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o666 & ~UMASK)  # as any file is made, not for the owner alone
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
