@@ -60,7 +60,7 @@ Models = Annotated[
         "--models",
         metavar="A,B",
         help="Registered models, or your own as package.module:Class. "
-        "(default: mamba,bimamba,alternating)",
+        "(default: mamba,bimamba,alternating,flexblock,hzip)",
         rich_help_panel=WHAT,
     ),
 ]
@@ -287,12 +287,18 @@ def fetch(
         bool, typer.Option("--force", help="Fetch and prepare again what is there.")
     ] = False,
 ) -> int:
-    """Fetch or generate the data of tasks into the cache, and check their SHA-256."""
+    """Fetch or generate the data of tasks into the cache, and check their SHA-256.
+
+    Without names, of all that the preset runs.
+    """
     store = _store(data_dir, offline, force)
     code = 0
     for name, task in _tasks(tasks).items():
+        options = _options(task, preset)
+        if not tasks and preset not in task.presets:
+            continue
         try:
-            task.parse(_options(task, preset)).prepare(store)
+            task.parse(options).prepare(store)
         except DataUnavailable as error:
             _complain(str(error))
             code = REFUSED

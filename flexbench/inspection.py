@@ -34,6 +34,7 @@ TYPE_COLOURS = {
     BlockType.REDUCED: "#E69F00",
     BlockType.IDENTITY: "#d9d9d9",
 }
+BY_DIRECTION = "forward green, REV orange,\nlarger blocks stronger"
 WIDTH = 11.0  # inches
 LEGIBLE = 128
 """Sequences of at most so many tokens have their tokens written out."""
@@ -356,12 +357,12 @@ def _draw_picture(figure: SubFigure, sample: Sample, panels: list[Panel]) -> Non
             axes[place].set_title(title, fontsize=8)
             place += 1
             continue
-        for what, paint in (("types", _paint_types), ("REV and levels", _paint_levels)):
+        for what, paint in (("types", _paint_types), (BY_DIRECTION, _paint_levels)):
             if place == len(axes):
                 return
             axes[place].imshow(picture, cmap="gray")
             axes[place].imshow(paint(part, side), interpolation="nearest")
-            axes[place].set_title(f"{title}: {what}", fontsize=8)
+            axes[place].set_title(f"{title}: {what}", fontsize=7)
             place += 1
 
 

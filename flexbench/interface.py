@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""The label of a position where nothing is asked."""
+
 
 @dataclass(frozen=True)
 class ProblemSpec:

@@ -29,6 +29,9 @@ from flexbench.errors import UserError
 
 SCHEMA = 1
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 Outcome = Literal["finished", "diverged", "out of memory", "failed"]
 
 
@@ -79,7 +82,9 @@ class Record(StrictModel):
     """One trial's outcome. Metrics are None unless it finished; accuracies are in [0, 1].
 
     Attributes:
-        metrics: test_accuracy, test_loss, validation_accuracy, validation_loss, best_step.
+        metrics: test_accuracy, test_mcc and test_f1 where the problem has them,
+            test_accuracy@<name> for each further test set, test_loss, test_examples,
+            validation_accuracy, validation_loss, best_step.
         model_facts: parameters, backbone_parameters, baseline_parameters (the matched target),
             matched (within 2 %), state_size, flops_per_token.
         diagnostics: what the model reports of itself, such as computed_token_ratio.
@@ -211,6 +216,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise cannot_write(path, error) from error
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o666 & ~UMASK)  # as any file is made, not for the owner alone
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

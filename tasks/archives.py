@@ -14,7 +14,8 @@ from flexbench.errors import UserError
 
 def tar_members(archive: Path | IO[bytes]) -> Iterator[tuple[str, bytes | str]]:
     """Members of a tar, compressed or not, in order: a file's name with its bytes, a link's name
-    with its target (as it stands there). Leading `./` is dropped; other kinds are passed over.
+    (symbolic or hard) with its target as it stands there. Leading `./` is dropped; other kinds are
+    passed over.
 
     Raises:
         UserError: the archive is cut off or damaged, or a member's name leads out of it.
@@ -32,7 +33,7 @@ def tar_members(archive: Path | IO[bytes]) -> Iterator[tuple[str, bytes | str]]:
                         f"{archive} holds a member that leads out of it ({member.name!r}); "
                         "get the archive from its official source"
                     )
-                if member.issym():
+                if member.issym() or member.islnk():
                     yield str(name), member.linkname
                 elif member.isfile():
                     content = tar.extractfile(member)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -25,14 +26,27 @@ class Split(Protocol):
 
 
 @dataclass(frozen=True)
+class FurtherTest:
+    """A test set beside a task's own, of sequences of at most `max_length` steps."""
+
+    split: Split
+    max_length: int
+
+
+@dataclass(frozen=True)
 class TaskData:
-    """A loaded task. Arrays stay memory-mapped; nothing holds a split as Python objects."""
+    """A loaded task. Arrays stay memory-mapped; nothing holds a split as Python objects.
+
+    `further` holds test sets that no training leads up to (other lengths, other recordings), by
+    name. They too are read once, at the end: `test_accuracy@<name>` in the record.
+    """
 
     spec: ProblemSpec
     train: Split
     validation: Split
     test: Split
     source: DataSource
+    further: Mapping[str, FurtherTest] = field(default_factory=dict)
 
 
 class Task(StrictModel, ABC):
@@ -45,7 +59,8 @@ class Task(StrictModel, ABC):
         suite: the suite it belongs to.
         version: raised whenever the data or the protocol changes: older records are set apart.
         summary: one line for `flexbench ls tasks`.
-        metric: what the score is; so far "accuracy".
+        metric: the score that is customary for it, "accuracy", "mcc" or "f1". Selection and tables
+            go by accuracy; another metric is on record beside it, and in the tables' notes.
         chance: score of a uniform guess.
         license: licence or owner of the data.
         requires_causal: True refuses models that see the future.

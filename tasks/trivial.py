@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexbench.interface import Batch, ProblemSpec
+from flexbench.interface import IGNORED, Batch, ProblemSpec
 from flexbench.tasks.base import Split, TaskData
 
 FIT_EXAMPLES = 20_000
@@ -25,10 +25,31 @@ def majority(train: Split, test: Split) -> float:
 
     Every label is read, at most `FIT_EXAMPLES` of the training split, evenly spaced.
     """
-    train_labels = torch.cat([batch.labels for batch in _chunks(train)])
-    test_labels = torch.cat([batch.labels for batch in _chunks(test, len(test))])
+    train_labels = torch.cat([_asked(batch) for batch in _chunks(train)])
+    test_labels = torch.cat([_asked(batch) for batch in _chunks(test, len(test))])
     commonest = torch.bincount(train_labels).argmax()
     return float((test_labels == commonest).double().mean())
+
+
+def one_answer(test: Split, answer: Callable[[Tensor], Tensor]) -> float:
+    """Test accuracy of one answer an example wherever it asks: `answer` takes inputs (examples,
+    length) to (examples,).
+    """
+    right = []
+    for batch in _chunks(test, len(test)):
+        answers = answer(batch.inputs)[:, None].expand_as(batch.labels)
+        right.append((answers == batch.labels)[batch.labels != IGNORED])
+    return float(torch.cat(right).double().mean())
+
+
+def commonest(test: Split, ids: range) -> float:
+    """Test accuracy of answering an example's commonest token among `ids`, the lowest of equals."""
+
+    def answer(tokens: Tensor) -> Tensor:
+        counts = (tokens[:, :, None] == torch.arange(ids.start, ids.stop)).sum(1)
+        return ids.start + counts.argmax(1)
+
+    return one_answer(test, answer)
 
 
 def linear(data: TaskData) -> float:
@@ -79,9 +100,9 @@ def pair_counts(batch: Batch, vocab_size: int) -> Tensor:
 
 def value_statistics(batch: Batch) -> Tensor:
     """A histogram of 32 bins over the values (clipped to [-3, 3]), their mean and deviation:
-    (examples, 34), for one channel.
+    (examples, 34), all channels together.
     """
-    values = batch.inputs[..., 0]
+    values = batch.inputs.flatten(1)
     bins = ((values.clamp(-3, 3) + 3) * (31 / 6)).round().long()
     histogram = torch.zeros(len(values), 32).scatter_add_(1, bins, torch.ones(values.shape))
     deviation, mean = torch.std_mean(values, dim=1, keepdim=True, correction=0)
@@ -116,6 +137,10 @@ def logistic_regression(train: Split, test: Split, features: Features, classes: 
             logits = (features(batch) - mean) / deviation @ weight + bias
             correct += int((logits.argmax(1) == batch.labels).sum())
     return correct / len(test)
+
+
+def _asked(batch: Batch) -> Tensor:
+    return batch.labels[batch.labels != IGNORED]
 
 
 def _table(split: Split, features: Features, limit: int) -> tuple[Tensor, Tensor]:

@@ -198,6 +198,15 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 # -- data -------------------------------------------------------------------------------------
 
 
+def test_fetch_leaves_out_what_the_preset_does_unless_named(
+    toys: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tasks, "_entries", {"toy": toys.Toy})
+    for arguments, said in (([], ""), (["toy"], "toy: ready\n")):
+        assert main(["data", "fetch", *arguments, "--preset", "paper"]) == 0
+        assert capsys.readouterr().out == said
+
+
 def test_fetch_goes_on_past_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -333,6 +333,64 @@ def test_a_page_is_rendered_without_what_names_it_or_its_links():
     ]
 
 
+MDOC_PAGE = r""".\" Copyright (C) 2000 Somebody
+.Dd August 26, 2020
+.Dt SBUF 9
+.Os
+.Sh NAME
+.Nm sbuf
+.Nd safe strings
+.Sh SYNOPSIS
+.In sys/sbuf.h
+.Ft typedef\ int
+.Fn sbuf_len "struct sbuf *s"
+.Sh DESCRIPTION
+The
+.Nm
+family
+.Pq Fl n , Xr printf 9
+counts.
+.Bl -tag -width indent
+.It Dv SBUF_FIXED
+Fixed.
+.El
+.Sh SEE ALSO
+.Xr printf 9 ,
+.Xr strlen 9
+.Sh AUTHORS
+.An Somebody
+wrote it.
+"""
+
+
+def test_mdoc_is_read_as_well(tmp_path):
+    assert manpages.render(MDOC_PAGE).splitlines() == [
+        "SYNOPSIS",
+        "sys/sbuf.h",
+        "typedef int",
+        "sbuf_len struct sbuf *s",
+        "DESCRIPTION",
+        "The",
+        "family",
+        "n ,",
+        "counts.",
+        "SBUF_FIXED",
+        "Fixed.",
+    ]
+    write_deb(tmp_path / "a.deb", {"sbuf.9freebsd": MDOC_PAGE, "printf.9freebsd": "x"})
+    sources, aliases = manpages.read_pages((tmp_path / "a.deb",))
+    assert manpages.find_links(sources, aliases) == {("sbuf(9)", "printf(9)")}
+
+
+def test_hard_links_are_links(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "./one", b"content")
+        link = tarfile.TarInfo("./two")
+        link.type, link.linkname = tarfile.LNKTYPE, "./one"
+        tar.addfile(link)
+    assert dict(tar_members(tmp_path / "a.tar")) == {"one": b"content", "two": "./one"}
+
+
 def test_links_go_through_aliases(tmp_path):
     pages = {"open.2": PAGE, "close.2": "x", "creat.2": "y", "creat64.3": ".so man2/creat.2\n"}
     write_deb(tmp_path / "a.deb", pages)
@@ -346,7 +404,9 @@ def test_links_go_through_aliases(tmp_path):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> tuple[Path, ...]:
-    """Two packages with twelve families of eight pages that refer to one another in a ring."""
+    """Two packages of one project and one of another, with six families each of eight pages that
+    refer to one another in a ring.
+    """
     folder = tmp_path_factory.mktemp("deb")
     generator = np.random.default_rng(0)
     pages: dict[str, str | bytes] = {}
@@ -358,9 +418,10 @@ def library(tmp_path_factory) -> tuple[Path, ...]:
                 f".TH f 3\n.SH NAME\nf \\- f\n.SH DESCRIPTION\n{words}\n.SH SEE ALSO\n{also}\n"
             )
     names = sorted(pages)
-    write_deb(folder / "a.deb", {name: pages[name] for name in names[:50]})
-    write_deb(folder / "b.deb", {name: pages[name] for name in names[50:]})
-    return folder / "a.deb", folder / "b.deb"
+    packages = {"a.deb": names[:20], "b.deb": names[20:48], "c.deb": names[48:]}
+    for package, inside in packages.items():
+        write_deb(folder / package, {name: pages[name] for name in inside})
+    return tuple(folder / package for package in packages)
 
 
 def test_manpages_are_balanced_split_by_page_and_deterministic(library, tmp_path, monkeypatch):
@@ -390,6 +451,16 @@ def test_manpages_are_balanced_split_by_page_and_deterministic(library, tmp_path
     scores = manpages.Manpages().trivial_predictors(data)
     assert scores["majority class"] == 0.5
     assert 0 <= scores["cosine of character counts"] <= 1
+
+
+def test_pairs_of_manpages_are_of_one_project(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(manpages, "MANPAGES", pinned({"debian": library}, manpages.MANPAGES))
+    store = Store(tmp_path, data_dir=library[0].parent, offline=True)
+    manpages.Manpages().prepare(store)
+    data = manpages.Manpages().load(store)
+    first = np.concatenate([s.which for s in (data.train, data.validation, data.test)]) < 48
+    assert (first[:, 0] == first[:, 1]).all()
+    assert 0 < first[:, 0].mean() < 1
 
 
 def test_negatives_of_manpages_are_redrawn_for_training_alone(library, tmp_path, monkeypatch):

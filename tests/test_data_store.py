@@ -20,7 +20,6 @@ import pytest
 
 import flexbench.tasks.store as store_module
 from flexbench.errors import DataUnavailable, UserError
-from flexbench.tasks.catalogue import fetch, verify
 from flexbench.tasks.store import DataSource, Resource, Source, Store, Url, create_array
 
 CONTENT = bytes(range(256)) * 512
@@ -321,27 +320,3 @@ def test_meta_records_source_and_checksums(store):
     content = (folder / "numbers.npy").read_bytes()
     assert meta["files"]["numbers.npy"]["sha256"] == hashlib.sha256(content).hexdigest()
     assert meta["source"] == {"kind": "synthetic", "detail": "numbers"}
-
-
-class Toy:
-    """As much of a task as the catalogue needs."""
-
-    name = "toy"
-    resources = (resource_at("http://127.0.0.1:9/"),)
-
-    def __init__(self, error: UserError | None = None) -> None:
-        self.error = error
-
-    def prepare(self, store: Store) -> None:
-        if self.error:
-            raise self.error
-        store.prepare("toy", 1, {}, write_numbers)
-
-
-def test_catalogue_goes_on_after_a_failure_and_lists_what_is_there(store):
-    failure = DataUnavailable("no data")
-    assert fetch([Toy(failure), Toy()], store) == [failure]
-    assert [(row.name, row.state) for row in verify([Toy], store)] == [
-        ("thing", "missing"),
-        ("toy", "good"),
-    ]

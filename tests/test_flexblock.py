@@ -87,7 +87,10 @@ def walk(mamba, x, guide, *, form="none", which="all", alpha=None, other=None, r
             dt, B, C = mamba.x_proj(u).split([mamba.dt_rank, mamba.d_state, mamba.d_state])
             delta = F.softplus(mamba.dt_proj(dt))[:, None]
             A = -torch.exp(mamba.A_log)
-            for _ in run:
+            steps = len(run)
+            if mamba.options.reduce == "euler":
+                delta, steps = delta * steps, 1
+            for _ in range(steps):
                 h = torch.exp(delta * A) * h + delta * B * u[:, None]
             y = ((h * C).sum(-1) + mamba.D * u) * F.silu(z)
             out[run] += weight * mamba.out_proj(y)
@@ -180,9 +183,14 @@ def table(tree, channels: int, seed: int):
 
 
 @settings(max_examples=25, deadline=None)
-@given(lengths_of_batch, seeds, st.sampled_from(["block", "fixed"]))
-def test_any_map_equals_the_walk(lengths, seed, resolution):
-    flex = mixer(seed, resolution=resolution)
+@given(
+    lengths_of_batch,
+    seeds,
+    st.sampled_from(["block", "fixed"]),
+    st.sampled_from(["exact", "euler"]),
+)
+def test_any_map_equals_the_walk(lengths, seed, resolution, reduce):
+    flex = mixer(seed, resolution=resolution, reduce=reduce)
     x, guide = inputs(lengths, seed), random_map(lengths, 4, seed)
     wanted = walk(flex, x, guide, resolution=resolution)
     packed = flex(x, guide=guide, cu_seqlens=bounds(lengths))

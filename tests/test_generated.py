@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from flexbench.interface import ProblemSpec
+from flexbench.tasks.base import registry
 from flexbench.tasks.generated import GeneratedTask
 from flexbench.tasks.store import Store
 
@@ -50,3 +51,13 @@ def test_evaluation_sets_are_fixed_whatever_the_batch():
     assert len(one.validation) == 50
     assert not torch.equal(one.validation.batch(np.arange(50)).inputs, whole.inputs[:50])
     assert one.source.kind == "synthetic"
+
+
+def test_presets_leave_sixteen_blocks_in_a_sequence():
+    for name in registry:
+        kind = registry.get(name)
+        if not issubclass(kind, GeneratedTask):
+            continue
+        for preset in kind.presets.values():
+            task = kind.parse(preset.options)
+            assert task.spec.max_length >= 15 * preset.l0, name

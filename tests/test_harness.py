@@ -24,7 +24,15 @@ from flexbench.harness import Cell, Done, Plan, SweepResult, plan, run
 from flexbench.harness.executor import Inline
 from flexbench.harness.speed import SpeedFailed, measure
 from flexbench.harness.trial import Order, evaluation_steps, make_optimizer, schedule, train_trial
-from flexbench.records import Absence, CannotWrite, Record, Selection, TaskRecord, scan
+from flexbench.records import (
+    Absence,
+    CannotWrite,
+    Record,
+    Selection,
+    TaskRecord,
+    scan,
+    write_json,
+)
 from flexbench.tasks.store import Store
 
 
@@ -345,3 +353,9 @@ def test_a_cell_holds_no_more_than_it_says(toys: ModuleType) -> None:
     assert isinstance(cell, Cell)
     assert cell.seeds == (0, 1, 2)
     assert [trial.seed for trial in cell.grid] == [0]
+
+
+def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    write_json(tmp_path / "ours.json", {})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "ours.json").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -83,12 +83,16 @@ def config(model: str = "mamba", seed: int = 0, **changes: Any) -> TrialConfig:
 
 
 def trial(
-    results: Path, accuracy: float | None = 0.5, *, outcome: str = "finished", **changes: Any
+    results: Path,
+    accuracy: float | None = 0.5,
+    *,
+    outcome: str = "finished",
+    metrics: dict[str, float] | None = None,
+    **changes: Any,
 ) -> Record:
     """Write one trial as the harness would; `accuracy` None: no metrics."""
     settings = config(**changes)
     folder = settings.directory(results)
-    metrics = None
     if outcome == "finished" and accuracy is not None:
         right = np.zeros(EXAMPLES, dtype=np.bool_)
         right[: round(accuracy * EXAMPLES)] = True
@@ -100,6 +104,7 @@ def trial(
             "validation_accuracy": float(right.mean()),
             "validation_loss": 1.0,
             "best_step": 800,
+            **(metrics or {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "correct.npy", np.packbits(right), allow_pickle=False)
@@ -380,6 +385,16 @@ def test_a_rate_that_diverged_is_noted(tmp_path: Path) -> None:
     line = line_of(tmp_path, model="mamba")
     assert line["outcome"] == "finished"
     assert line["notes"] == "learning rate 0.1 at seed 0 diverged"
+
+
+def test_further_scores_are_noted(tmp_path: Path) -> None:
+    facts(tmp_path, metric="mcc")
+    for seed, score in enumerate((0.5, 0.6)):
+        further = {"test_mcc": score / 2, "test_accuracy@1024": score, "test_accuracy@64": 1.0}
+        trial(tmp_path, 0.5, seed=seed, metrics=further)
+    note = "accuracy at 64 100.0, 1024 55.0; mcc 27.5"
+    assert line_of(tmp_path, model="mamba")["notes"] == note
+    assert "accuracy at 64 100.0, 1024 55.0" in shown(tmp_path)
 
 
 # -- what cannot be read ----------------------------------------------------------------------

@@ -32,9 +32,9 @@ class Crash(BaseException):
     """Ends a trial as abruptly as a test in the same process can."""
 
 
-def configure(**changes: Any) -> TrialConfig:
+def configure(model: str = "toys:Mixer", **changes: Any) -> TrialConfig:
     overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    return plan("toy", models=["toys:Mixer"], overrides=overrides).cells[0].grid[0]
+    return plan("toy", models=[model], overrides=overrides).cells[0].grid[0]
 
 
 def outcome(config: TrialConfig, results: Path) -> dict[str, Any]:
@@ -76,14 +76,19 @@ def crash() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("act", [press_ctrl_c, crash])
+@pytest.mark.parametrize("model", ["toys:Mixer", "flexblock"])
 def test_interrupted_trial_ends_with_the_same_bits(
     toys: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     seed: int,
     act: Callable[[], None],
+    model: str,
 ) -> None:
-    config = configure(**{"training.evaluation_batch_size": 7, "training.evaluations": 3})
+    options = {"training.evaluation_batch_size": 7, "training.evaluations": 3}
+    if model == "flexblock":  # its router has a schedule, running statistics and thresholds
+        options |= {"flexblock.l0": 2, "flexblock.merge_threshold": 0.0}
+    config = configure(model, **options)
     train_trial(config, tmp_path / "whole", Store())
 
     chance = random.Random(seed)

@@ -36,7 +36,7 @@ from flexbench.tasks.store import Store
 BASELINE = "mamba"
 """The model whose backbone's size every other is matched to."""
 
-MODELS = ("mamba", "bimamba", "alternating")
+MODELS = ("mamba", "bimamba", "alternating", "flexblock", "hzip")
 """What is compared where nothing else is asked for."""
 
 SEEDS = {"quick": 1, "small": 3, "paper": 5}
@@ -117,7 +117,7 @@ def plan(
     Args:
         suite: a suite's name.
         tasks: names within the suite; None: all of it.
-        models: registry names or "package.module:Class"; None: mamba, bimamba, alternating.
+        models: registry names or "package.module:Class"; None: `MODELS`.
         seeds: how many, from 0; None: 1 at quick, 3 at small, 5 at paper.
         preset: "quick", "small" or "paper".
         device: "cpu", "cuda" or "auto".

@@ -26,8 +26,10 @@ from flexbench.harness import checkpoint
 from flexbench.harness.environment import environment
 from flexbench.harness.events import Notice, Observer, Progress
 from flexbench.harness.locks import Machine, trial_lock
-from flexbench.interface import Batch, ProblemSpec
+from flexbench.harness.scores import Answers, accuracy, scores
+from flexbench.interface import IGNORED, Batch, ProblemSpec
 from flexbench.models import build, is_matched, resolve
+from flexbench.models.stack import SequenceModel
 from flexbench.records import (
     CannotWrite,
     Outcome,
@@ -37,7 +39,7 @@ from flexbench.records import (
     write_atomic,
     write_json,
 )
-from flexbench.tasks.base import Split, TaskData
+from flexbench.tasks.base import FurtherTest, Split, TaskData
 from flexbench.tasks.base import registry as task_registry
 from flexbench.tasks.store import Store
 
@@ -46,9 +48,6 @@ PROGRESS_SECONDS = 0.3
 PAUSE_SECONDS = 1.0
 CALIBRATION_EXAMPLES = 256
 FLOP_EXAMPLES = 32
-
-IGNORED = -100
-"""The label of a position where nothing is asked."""
 
 
 def train_trial(
@@ -218,15 +217,16 @@ def make_optimizer(
     )
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The summed cross-entropy over asked positions, float32."""
-    return F.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+def answer(model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed cross-entropy over asked positions, float32; their logits; their labels."""
+    labels = batch.labels[batch.labels != IGNORED]
+    with _precision(batch.inputs.device.type):
+        logits = model.answers(batch)
+    return F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, clip: float
+    model: SequenceModel, optimizer: torch.optim.Optimizer, batch: Batch, clip: float
 ) -> tuple[float, int]:
     """One update. Returns the summed loss and the number of asked positions.
 
@@ -234,36 +234,33 @@ def train_step(
         Diverged: loss or gradients are not finite; the weights are left as they were.
     """
     optimizer.zero_grad(set_to_none=True)
-    asked = (batch.labels != IGNORED).sum()
-    with _precision(batch.inputs.device.type):
-        logits = model(batch)
-    loss = cross_entropy(logits, batch.labels)
-    (loss / asked).backward()
+    loss, _, labels = answer(model, batch)
+    (loss / len(labels)).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    total, size, count = torch.stack([loss.detach(), norm, asked]).tolist()
+    total, size = torch.stack([loss.detach(), norm]).tolist()
     if not (math.isfinite(total) and math.isfinite(size)):
-        raise Diverged(f"loss {total / count:g}, gradient norm {size:g}")
+        raise Diverged(f"loss {total / len(labels):g}, gradient norm {size:g}")
     optimizer.step()
-    return total, int(count)
+    return total, len(labels)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: SequenceModel,
     split: Split,
     batch_size: int,
     device: str,
     *,
     limit: int | None = None,
     watch: Callable[[], None] = lambda: None,
-) -> tuple[float, np.ndarray]:
-    """Mean loss and, for every asked position in order, whether the answer is right (bool).
+) -> Answers:
+    """What the model answers to a split.
 
     Leaves the model's mode and the random state as they were. `limit`: only the first so many
     examples. `watch` is called after every batch.
     """
     examples = len(split) if limit is None else min(limit, len(split))
-    loss, correct = 0.0, []
+    loss, asked, chosen = 0.0, [], []
     training = model.training
     model.eval()
     try:
@@ -271,17 +268,15 @@ def evaluate(
             for start in range(0, examples, batch_size):
                 indices = np.arange(start, min(start + batch_size, examples))
                 batch = split.batch(indices).to(device)
-                with _precision(device):
-                    logits = model(batch)
-                loss += cross_entropy(logits, batch.labels).item()
-                asked = batch.labels != IGNORED
-                right = logits.argmax(-1)[asked] == batch.labels[asked]
-                correct.append(right.cpu().numpy())
+                total, logits, labels = answer(model, batch)
+                loss += total.item()
+                asked.append(labels.cpu().numpy())
+                chosen.append(logits.argmax(-1).cpu().numpy())
                 watch()
     finally:
         model.train(training)
-    answers = np.concatenate(correct)
-    return loss / len(answers), answers
+    truth = np.concatenate(asked)
+    return Answers(loss / len(truth), truth, np.concatenate(chosen))
 
 
 def _precision(device: str) -> AbstractContextManager[Any]:
@@ -444,7 +439,7 @@ class _Trial:
         state = self.state
         self.model.eval()
         self.model.calibrate(self._calibration(data.train))
-        loss, answers = evaluate(
+        answers = evaluate(
             self.model,
             data.validation,
             self.training.evaluation_batch_size,
@@ -452,14 +447,14 @@ class _Trial:
             limit=self.training.validation_examples,
             watch=self._breathe,
         )
-        if not math.isfinite(loss):
-            raise Diverged(f"step {state.step}: validation loss {loss:g}")
+        if not math.isfinite(answers.loss):
+            raise Diverged(f"step {state.step}: validation loss {answers.loss:g}")
         entry = {
             "step": state.step,
             "learning_rate": self.config.learning_rate * schedule(state.step - 1, self.training),
             "train_loss": state.loss_sum / state.loss_count,
-            "validation_loss": loss,
-            "validation_accuracy": float(answers.mean()),
+            "validation_loss": answers.loss,
+            "validation_accuracy": accuracy(answers),
             "tokens": state.tokens,
             **self.model.diagnostics(),
         }
@@ -487,17 +482,16 @@ class _Trial:
         self.model.load_state_dict(state.best_weights)
         self.model.eval()
         facts = self._facts(data)
-        loss, answers = evaluate(
-            self.model,
-            data.test,
-            self.training.evaluation_batch_size,
-            config.device,
-            watch=self._breathe,
-        )
+        answers = self._test(data.test, self.training.evaluation_batch_size)
+        diagnostics = self.model.diagnostics()
+        further = {
+            f"test_accuracy@{name}": accuracy(self._test(test.split, self._room(data.spec, test)))
+            for name, test in data.further.items()
+        }
         self._count_time()
         best, correct = io.BytesIO(), io.BytesIO()
         torch.save(state.best_weights, best)
-        np.save(correct, np.packbits(answers), allow_pickle=False)
+        np.save(correct, np.packbits(answers.correct), allow_pickle=False)
         write_atomic(self.directory / "best.pt", best.getvalue())
         write_atomic(self.directory / "correct.npy", correct.getvalue())
         record = _write_record(
@@ -505,20 +499,29 @@ class _Trial:
             self.directory,
             "finished",
             metrics={
-                "test_accuracy": float(answers.mean()),
-                "test_loss": loss,
-                "test_examples": len(answers),
+                **{f"test_{name}": score for name, score in scores(answers, data.spec).items()},
+                **further,
+                "test_loss": answers.loss,
+                "test_examples": len(answers.labels),
                 "validation_accuracy": state.best["validation_accuracy"],
                 "validation_loss": state.best["validation_loss"],
                 "best_step": state.best["step"],
             },
             model_facts=facts,
-            diagnostics=self.model.diagnostics(),
+            diagnostics=diagnostics,
             data_source=asdict(data.source),
             seconds=state.seconds,
         )
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
         return record
+
+    def _test(self, split: Split, batch_size: int) -> Answers:
+        device = self.config.device
+        return evaluate(self.model, split, batch_size, device, watch=self._breathe)
+
+    def _room(self, spec: ProblemSpec, test: FurtherTest) -> int:
+        """How many sequences of a further test fit where a batch of the task's own does."""
+        return max(1, self.training.evaluation_batch_size * spec.max_length // test.max_length)
 
     def _facts(self, data: TaskData) -> dict[str, float | None]:
         backbone = self.model.backbone_parameters()

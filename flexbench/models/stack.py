@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flexbench import kernels
 from flexbench.config import StackConfig
 from flexbench.errors import UserError
-from flexbench.interface import Batch, ProblemSpec
+from flexbench.interface import IGNORED, Batch, ProblemSpec
 from flexbench.models.base import MixerConfig
 from flexbench.models.flops import count_flops
 
@@ -169,6 +169,20 @@ class SequenceModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (examples, classes), or (examples, length, classes) for one label a token."""
+        return self.decoder(self._features(batch))
+
+    def answers(self, batch: Batch) -> Tensor:
+        """Logits (asked, classes) where the labels ask something, in their order: with one label a
+        token no others are computed, which a large vocabulary would make dear.
+        """
+        features = self._features(batch)
+        if self.spec.output == "token":
+            asked = (batch.labels.flatten() != IGNORED).nonzero().squeeze(1)
+            features = features.flatten(0, 1).index_select(0, asked)
+        return self.decoder(features)
+
+    def _features(self, batch: Batch) -> Tensor:
+        """What the decoder reads: (rows, d_model), or (rows, length, d_model)."""
         layout = self._layout(batch)
         packing = layout if layout is not None and layout.packed else None
         x = self.encoder(packing.pack(batch.inputs) if packing else batch.inputs)
@@ -177,7 +191,7 @@ class SequenceModel(nn.Module):
             x = packing.unpack(x)
         if self.spec.output == "sequence":
             x = pool(x, layout, self.stack.pool)
-        return self.decoder(x)
+        return x
 
     def _layout(self, batch: Batch) -> Layout | None:
         """The batch's layout; None where every row fills the length."""

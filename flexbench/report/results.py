@@ -130,7 +130,29 @@ class Row:
             for trial in self.other_rates
             if trial.outcome != "finished"
         ]
+        at = [f"{name} {100 * score:.1f}" for name, score in self.further.items()]
+        if at:
+            lines.append(f"accuracy at {', '.join(at)}")
+        metric = self.facts.metric if self.facts else "accuracy"
+        if metric != "accuracy" and (score := self._mean(f"test_{metric}")) is not None:
+            lines.append(f"{metric} {100 * score:.1f}")
         return lines
+
+    @property
+    def further(self) -> dict[str, float]:
+        """Mean test accuracy over the finished seeds on each further test set, by its name."""
+        prefix = "test_accuracy@"
+        names = {name for trial in self.trials for name in trial.metrics or () if prefix in name}
+        means = {
+            name: self._mean(name) for name in sorted(names, key=lambda name: (len(name), name))
+        }
+        return {name.removeprefix(prefix): mean for name, mean in means.items() if mean is not None}
+
+    def _mean(self, metric: str) -> float | None:
+        """Over the finished seeds; None where none knows it."""
+        found = (trial.metrics or {} for trial in self.trials)
+        known = [metrics[metric] for metrics in found if metric in metrics]
+        return sum(known) / len(known) if known else None
 
     def fact(self, name: str) -> float | None:
         """A model fact, the same for every seed."""

@@ -1,7 +1,7 @@
 """Manpages: does one manual page refer to the other? Citation retrieval on data anyone can fetch.
 
 Not an LRA task: it stands beside Retrieval, under its own name, and has no published figures.
-Pages and their hand-written SEE ALSO links are those of the Linux man-pages project.
+Pages and their hand-written SEE ALSO links are those of the Linux man-pages and FreeBSD projects.
 """
 
 from __future__ import annotations
@@ -47,17 +47,26 @@ MANPAGES = Resource(
                     package="manpages-dev",
                     version="6.03-2",
                 ),
+                DebianPackage(
+                    name="freebsd-manpages_12.2-1_all.deb",
+                    sha256="2d4a9606bd59d4c71e6d8355dee3d2624b0ebdab79d3ab5e9169ed7fbb0c197a",
+                    size=3_304_748,
+                    package="freebsd-manpages",
+                    version="12.2-1",
+                ),
             ),
         ),
     ),
 )
+# Of the packages above; a page's references are to pages of its own project.
+PROJECTS = {"linux": slice(0, 2), "freebsd": slice(2, 3)}
 
 ALPHABET = np.concatenate([np.array([0x0A], dtype=np.uint32), PRINTABLE])
 STORED_LENGTH = 4000
 SHORTEST = 200
 SHARES = {"train": 0.6, "validation": 0.15, "test": 0.25}
 LARGEST_FAMILY = 10
-TRAINING_DRAWS = 4
+TRAINING_DRAWS = 16
 HASHES = 1024
 
 Link = tuple[str, str]
@@ -68,17 +77,18 @@ class Manpages(Task):
     """Does page A list page B under SEE ALSO? Two texts in, one of two classes out."""
 
     suite = "lra"
-    version = 2
-    summary = "SEE ALSO links among Linux manual pages, two towers"
+    version = 3
+    summary = "SEE ALSO links among manual pages of Linux and of FreeBSD, two towers"
     chance = 0.5
-    license = "Linux man-pages: various free licences, named in each page"
+    license = "Linux man-pages: free licences named in each page; FreeBSD: BSD licences"
     resources = (MANPAGES,)
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
+            l0=4,
             options={"tokens": "words", "max_length": 64},
-            stack=StackConfig(d_model=64, n_layers=2, dropout=0.2),
+            stack=StackConfig(d_model=64, n_layers=2, dropout=0.3),
             training=TrainingConfig(
-                steps=500, batch_size=32, learning_rates=(2e-3,), weight_decay=0.05, evaluations=4
+                steps=600, batch_size=32, learning_rates=(1e-3,), weight_decay=0.05, evaluations=4
             ),
         ),
         "small": Preset(
@@ -145,11 +155,18 @@ class Manpages(Task):
 
 
 def _build(folder: Path, raw: Raw) -> None:
-    sources, aliases = read_pages(raw.paths)
-    pages = {
-        name: text for name in sorted(sources) if len(text := render(sources[name])) >= SHORTEST
-    }
-    links = {link for link in find_links(sources, aliases) if link[0] in pages and link[1] in pages}
+    pages: dict[str, str] = {}
+    links: set[Link] = set()
+    for project, packages in PROJECTS.items():
+        sources, aliases = read_pages(raw.paths[packages])
+        for name in sorted(sources):
+            if len(text := render(sources[name])) >= SHORTEST:
+                pages[f"{project}/{name}"] = text
+        links |= {
+            (f"{project}/{first}", f"{project}/{second}")
+            for first, second in find_links(sources, aliases)
+        }
+    links = {link for link in links if link[0] in pages and link[1] in pages}
     texts = [text[:STORED_LENGTH] for text in pages.values()]
     for kind, tokens in (
         ("characters", to_ragged([encode(text, ALPHABET) for text in texts])),
@@ -204,12 +221,13 @@ def read_pages(packages: tuple[Path, ...]) -> tuple[dict[str, str], dict[str, st
 
 def find_links(sources: dict[str, str], aliases: dict[str, str]) -> set[Link]:
     """Pairs (A, B) such that the SEE ALSO section of A names B, by whatever alias."""
-    section = re.compile(r'^\.SH "?SEE ALSO"?\s*\n(.*?)(?=^\.SH|\Z)', re.MULTILINE | re.DOTALL)
-    reference = re.compile(r'^\.BR\s+"?([^\s"]+)"?\s+\((\d)\w*\)', re.MULTILINE)
+    section = re.compile(r'^\.S[Hh] "?SEE ALSO"?\s*\n(.*?)(?=^\.S[Hh]|\Z)', re.M | re.S)
+    reference = re.compile(r'^\.(?:BR\s+"?([^\s"]+)"?\s+\((\d)\w*\)|Xr\s+(\S+)\s+(\d))', re.M)
     links = set()
     for page, source in sources.items():
         found = section.search(source)
-        for name, number in reference.findall(found[1]) if found else ():
+        for groups in reference.findall(found[1]) if found else ():
+            name, number = filter(None, groups)
             target = f"{name.replace(chr(92), '')}({number})"
             for _ in range(3):
                 target = aliases.get(target, target)
@@ -220,15 +238,19 @@ def find_links(sources: dict[str, str], aliases: dict[str, str]) -> set[Link]:
 
 SILENT = re.compile(
     r"|[\\].*|TH|so|[LTI]?P|PP|TQ|R[SE]|E[XE]|T[SE&]|U[RE]|M[TE]|PD|nf|fi|in|ad|hy|nh|na|sp|ne|br|ta|"
-    r"ti|ft|ss|ll|tm|ig|if|ie|el|de|ds|nr|rm"
+    r"ti|ft|ss|ll|tm|ig|if|ie|el|de|ds|nr|rm|"
+    r"D[dt]|Os|Pp|[BE][dfkl]|Lb|Xr|An|R[se]|%.|Sm|Fc"
 )
-UNSEEN_SECTIONS = frozenset({"NAME", "SEE ALSO", "COLOPHON"})
+# Macros named within a line of FreeBSD's mdoc, and references with their section.
+MDOC = re.compile(r"\b(?:Xr \S+ \d\S*|[A-Z][a-z]|Br[qoc]|Bsx)(?=\s|$)")
+UNSEEN_SECTIONS = frozenset({"NAME", "SEE ALSO", "COLOPHON", "AUTHORS"})
 ESCAPES = [
     (re.compile(r'\\["#].*$'), ""),
     (re.compile(r"\\f(?:\[\w*\]|\(..|.)"), ""),
     (re.compile(r"\\s[+-]?\d+"), ""),
     (re.compile(r"\\(?:\[[^\]]*\]|\(..)"), " "),
     (re.compile(r"\\-"), "-"),
+    (re.compile(r"\\[ ~]"), " "),
     (re.compile(r"\\e"), "\\\\"),
     (re.compile(r"\\."), ""),
 ]
@@ -236,7 +258,7 @@ ESCAPES = [
 
 def render(source: str) -> str:
     """Plain text of a page without what names it or its links: no comments (they hold authors and
-    copyrights), title, NAME, SEE ALSO or COLOPHON, and no reference of the form `name(2)`.
+    copyrights), title, NAME, SEE ALSO, AUTHORS or COLOPHON, and no reference of the form `name(2)`.
     """
     lines = []
     unseen = False
@@ -244,12 +266,14 @@ def render(source: str) -> str:
         request = re.match(r"[.']\s*(\S*)\s*(.*)", line)
         if request is not None:
             macro, rest = request.groups()
-            if macro == "SH":
+            if macro in ("SH", "Sh"):
                 title = rest.strip().strip('"')
                 unseen = title in UNSEEN_SECTIONS
                 rest = title
             elif SILENT.fullmatch(macro):
                 continue
+            if re.fullmatch("[A-Z][a-z]+", macro):
+                rest = MDOC.sub("", rest)
             words = [quoted or bare for quoted, bare in re.findall(r'"([^"]*)"|(\S+)', rest)]
             line = ("" if re.fullmatch("[BIR]{2}", macro) else " ").join(words)
         for pattern, replacement in ESCAPES:
@@ -320,7 +344,8 @@ def balance(
     """
     by_section = defaultdict(list)
     for link in inside:
-        by_section[link[1][-2]].append(link)
+        project, _, page = link[1].partition("/")
+        by_section[project, page[-2]].append(link)
     positives: list[Link] = []
     negatives: list[Link] = []
     for section in sorted(by_section):

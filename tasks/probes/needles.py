@@ -40,7 +40,7 @@ class Needles(GeneratedTask):
         "quick": Preset(
             stack=STACK,
             training=TrainingConfig(
-                steps=1000,
+                steps=1200,
                 batch_size=32,
                 learning_rates=(5e-3,),
                 evaluations=5,

@@ -11,7 +11,7 @@ from torch import Tensor
 from flexbench import kernels
 from flexbench.models.flexblock.gates import GateForm, GateNodes, NodeGate, gated_nodes
 from flexbench.models.flexblock.guide import GuideMap
-from flexbench.models.flexblock.router import Route, Router, RouterOptions
+from flexbench.models.flexblock.router import Route, Router, RouterOptions, real_lengths
 from flexbench.models.mamba import Mamba
 
 Scope = Literal["model", "layer"]
@@ -91,7 +91,9 @@ class FlexBlockMamba(Mamba):
         if route.is_plain and self.gate_form == "none" and lengths is None:
             return super().forward(x, cu_seqlens)
         if not len(route.packing):
-            return torch.zeros_like(x)
+            nothing = torch.zeros_like(x)
+            # A budget on the factor must be able to end this.
+            return nothing if route.factor is None else nothing + 0 * route.factor.sum()
         rows = x.flatten(0, 1)
         follow = self._follow if route.readings is None else self._follow_both
         return follow(rows, route).view_as(x)
@@ -109,11 +111,8 @@ class FlexBlockMamba(Mamba):
             if self.router is None:
                 raise ValueError("this layer has no router of its own; hand it a guide")
             return cast(Route, self.router(x, lengths, cu_seqlens))
-        if cu_seqlens is not None:
-            lengths = cu_seqlens.diff().long()
-        elif lengths is None:
-            lengths = torch.full((len(x),), x.shape[1], device=x.device)
-        if not torch.equal(guide.lengths, lengths.long()):
+        lengths = real_lengths(x, lengths, cu_seqlens)
+        if not torch.equal(guide.lengths, lengths):
             raise ValueError(
                 f"the map is of sequences of {guide.lengths.tolist()} tokens, "
                 f"not {lengths.tolist()}"
@@ -212,6 +211,11 @@ class FlexBlockMamba(Mamba):
             wide = max(part.shape[1] for part in alphas)
             nodes = torch.cat(bounds).int()
             alpha = torch.cat([part.expand(-1, wide) for part in alphas])
+        repeats = packed["repeats"]
+        if repeats is not None and self.options.reduce == "euler":
+            stretch = repeats[0, :, None].to(u.dtype)
+            factor = stretch if factor is None else factor * stretch
+            packed["repeats"] = None
         inputs = self.scan_inputs(u, z, factor)
         y = kernels.block_scan(**inputs, **packed, nodes=nodes, alpha=alpha)  # type: ignore[arg-type]
         return self.out_proj(cast(Tensor, y)[0])

@@ -56,9 +56,10 @@ class RouterOptions(StrictModel):
     target_ratio: float = Field(0.5, gt=0.0, le=1.0, description="computed tokens a real token")
     reduced_share: float = Field(0.25, ge=0.0, le=1.0, description="of tokens in reduced blocks")
     reduce_stride: PositiveInt = Field(4, description="tokens of a run in a reduced leaf")
+    reduce: Literal["exact", "euler"] = Field("exact", description="euler: Δ times the run")
     resolution: Resolution = Field("block", description="fixed: runs do not grow with the block")
     router_gradient: RouterGradient = "saliency"
-    router_hold: float = Field(0.05, ge=0.0, le=1.0, description="drop of the loss that ends it")
+    router_hold: float = Field(0.2, ge=0.0, le=1.0, description="drop of the loss that ends it")
     router_warmup: float = Field(0.1, ge=0.0, le=1.0, description="share of steps to the target")
     exploration: float = Field(0.05, ge=0.0, le=1.0, description="of leaves, kept full at random")
 
@@ -156,7 +157,7 @@ class Router(nn.Module):
     - gate: the probability of `full` gates what the leaf writes into the state.
     - soft: everything is computed and multiplied by that probability; evaluation is hard.
     - random, fixed: leaves at random, or evenly spaced: controls.
-    - uniform: every block reduced to the target ratio; no router at all.
+    - uniform: runs of 1 / `target_ratio` tokens, rounded, throughout; no router at all.
 
     Until the task's loss has fallen by `router_hold`, everything is computed and directions are
     random; then the ratio falls to its target. At evaluation types are cut at thresholds that
@@ -182,9 +183,6 @@ class Router(nn.Module):
         super().__init__()
         self.options = options
         self.gated = gated
-        uniform = options.router_gradient == "uniform"
-        self.stride = round(1 / options.target_ratio) if uniform else options.reduce_stride
-        self.resolution: Resolution = "fixed" if uniform else options.resolution
         self.scorer = Scorer(d_model, options.l0)
         if options.rev_gate == "soft":
             self.both_ways = nn.Parameter(torch.zeros(()))
@@ -217,6 +215,9 @@ class Router(nn.Module):
             lengths: (batch,) int64 real tokens of each row; None: all.
             cu_seqlens: (sequences + 1,) int32 bounds of the packed sequences.
         """
+        row_length = x.shape[1] if cu_seqlens is None else None
+        if self.options.router_gradient == "uniform":
+            return self._uniform(x, lengths, cu_seqlens, row_length)
         observed = self._observes()
         with torch.set_grad_enabled(torch.is_grad_enabled() and (observed or self._steers)):
             found, lengths = self.attributes(x, lengths, cu_seqlens)
@@ -225,17 +226,17 @@ class Router(nn.Module):
         if self._collected is not None:
             self._collected.append((found, lengths))
         types = self._types(score, tokens)
-        factor, types = self._factor(found, score, types, tokens, observed)
+        factor, types = self._factor(score, types, tokens, observed)
         keep = None
         if self.options.router_gradient == "gate":
-            keep = found.type_logits.softmax(-1)[..., BlockType.FULL]
+            keep = score.sigmoid()
         tree, guide = self._map(found, lengths, types)
-        row_length = x.shape[1] if cu_seqlens is None else None
-        packing = guide.pack(self.stride, self.resolution, row_length)
+        packing = guide.pack(self.options.reduce_stride, self.options.resolution, row_length)
         route = Route(guide, packing, tree, factor, keep)
+        how = (self.options.reduce_stride, self.options.resolution, row_length)
         forked = self._forked(guide)
         if forked is not None:
-            readings = TwoReadings(guide, packing, forked, self.stride, self.resolution, row_length)
+            readings = TwoReadings(guide, packing, forked, *how)
             reversal = self._reversal(found, guide, tree)
             route = replace(route, reversal=reversal, readings=readings)
         if self._collected is None:
@@ -243,6 +244,23 @@ class Router(nn.Module):
         if self.trace is not None:
             scores = score.detach().repeat_interleave(self.options.l0, 1)
             self.trace |= {"guide map": guide, "leaf score": scores}
+        return route
+
+    def _uniform(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        row_length: int | None,
+    ) -> Route:
+        """The control that looks at nothing: runs of one length from a sequence's start."""
+        lengths = real_lengths(x, lengths, cu_seqlens)
+        guide = GuideMap.uniform(len(lengths), lengths, int(lengths.max()), type=BlockType.REDUCED)
+        stride = round(1 / self.options.target_ratio)
+        route = Route(guide, guide.pack(stride, "fixed", row_length))
+        self._count(route)
+        if self.trace is not None:
+            self.trace["guide map"] = guide
         return route
 
     def tree(
@@ -255,13 +273,11 @@ class Router(nn.Module):
         self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[BlockAttributes, Tensor]:
         """The leaves' attributes, and (batch,) int64 lengths; arguments as in `forward`."""
+        lengths = real_lengths(x, lengths, cu_seqlens)
         if cu_seqlens is not None:
-            lengths = cu_seqlens.diff().long()
             x = torch.nn.utils.rnn.pad_sequence(
                 x.detach()[0].split(lengths.tolist()), batch_first=True
             )
-        elif lengths is None:
-            lengths = torch.full((len(x),), x.shape[1], device=x.device)
         return self.scorer(x, lengths), lengths
 
     def _map(
@@ -306,7 +322,6 @@ class Router(nn.Module):
 
     def _factor(
         self,
-        found: BlockAttributes,
         score: Tensor,
         types: Tensor,
         tokens: Tensor,
@@ -320,13 +335,13 @@ class Router(nn.Module):
                 return None, types
             computed = tokens.gt(0) & types.ne(BlockType.IDENTITY)
             return _Saliency.apply(score, computed, self.tally[0]), types
-        probability = found.type_logits.softmax(-1)
+        probability = score.sigmoid()
         if self.options.router_gradient == "ste":
-            taken = probability.gather(-1, types[..., None]).squeeze(-1)
+            taken = torch.where(types == BlockType.FULL, probability, 1 - probability)
             factor = taken + (1 - taken).detach()
             return self._with_budget(factor, probability, types, tokens), types
         if self.options.router_gradient == "soft":
-            return probability[..., BlockType.FULL], torch.zeros_like(types)
+            return probability, torch.zeros_like(types)
         return None, types
 
     def _tokens(self, found: BlockAttributes, lengths: Tensor) -> Tensor:
@@ -336,7 +351,8 @@ class Router(nn.Module):
     # -- types ---------------------------------------------------------------------------------
 
     def _score(self, found: BlockAttributes) -> Tensor:
-        """(batch, leaves): the higher, the rather a leaf is computed in full."""
+        """(batch, leaves): the higher, the rather a leaf is computed in full; where types have
+        probabilities, the logit of `full` against `identity`."""
         shape, device = found.reverse.shape, found.reverse.device
         if self.options.router_gradient == "random":
             if self.training:
@@ -346,10 +362,7 @@ class Router(nn.Module):
         if self.options.router_gradient == "fixed":
             golden = torch.arange(1, shape[1] + 1, device=device) * 0.6180339887
             return (golden % 1.0).expand(shape)
-        logits = found.type_logits
-        if self.options.router_gradient == "saliency":
-            return logits[..., BlockType.FULL]
-        return logits[..., BlockType.FULL] - logits[..., 1:].logsumexp(-1)
+        return found.type_logits[..., BlockType.FULL] - found.type_logits[..., BlockType.IDENTITY]
 
     @property
     def released(self) -> bool:
@@ -370,7 +383,7 @@ class Router(nn.Module):
 
     def _shares(self, ratio: float) -> tuple[float, float]:
         """The shares of tokens in `full` and in `reduced` blocks that come to a ratio."""
-        cost = 1 / self.stride
+        cost = 1 / self.options.reduce_stride
         reduced = self.options.reduced_share
         full = ratio - reduced * cost
         if full > 1 - reduced:
@@ -382,8 +395,6 @@ class Router(nn.Module):
         """(batch, leaves) int64 by `BlockType`."""
         source = self.options.router_gradient
         score = score.detach()
-        if source == "uniform":
-            return torch.full_like(tokens, BlockType.REDUCED)
         if not self.training:
             return types_by_threshold(score, self.thresholds)
         if self.ratio == 1:
@@ -405,7 +416,7 @@ class Router(nn.Module):
             return factor
         share = tokens / tokens.sum()
         selected = (share * types.ne(BlockType.IDENTITY)).sum()
-        expected = (share * probability[..., BlockType.FULL]).sum()
+        expected = (share * probability).sum()
         loss = selected * expected / target + (1 - selected) * (1 - expected) / (1 - target)
         return _Attach.apply(factor, loss * ROUTER_WEIGHT)
 
@@ -492,7 +503,8 @@ class Router(nn.Module):
             computed = 0
             for (found, lengths), score in zip(collected, scores, strict=True):
                 _, guide = self._map(found, lengths, types_by_threshold(score, thresholds))
-                computed += int(guide.computed(self.stride, self.resolution).sum())
+                how = (self.options.reduce_stride, self.options.resolution)
+                computed += int(guide.computed(*how).sum())
             low, high = (full, high) if computed < self.ratio * int(weight.sum()) else (low, full)
             full = (low + high) / 2
         self.thresholds.copy_(thresholds)
@@ -548,6 +560,15 @@ class Router(nn.Module):
                 if count:
                     found[f"{prefix}level_{level}_share"] = count / named["blocks"]
         return found
+
+
+def real_lengths(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """(batch,) int64 real tokens of each sequence, by whichever is given."""
+    if cu_seqlens is not None:
+        return cu_seqlens.diff().long()
+    if lengths is None:
+        return torch.full((len(x),), x.shape[1], device=x.device)
+    return lengths.long()
 
 
 def of_blocks(levels: list[Tensor], guide: GuideMap) -> Tensor:

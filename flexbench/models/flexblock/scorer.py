@@ -36,7 +36,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.l0 = l0
         self.sizes = (summary, 1, 1, 3)
-        self.project = nn.Linear(d_model, features)
+        self.project = nn.Linear(d_model, features, bias=False)
         self.convolutions = nn.ModuleList(
             nn.Conv1d(
                 features,
@@ -56,17 +56,20 @@ class Scorer(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor, lengths: Tensor) -> BlockAttributes:
-        """Score the leaves; no gradient reaches x.
+        """Score the leaves; no gradient reaches x, and autocast does not reach in here.
 
         Args:
             x: (batch, length, d_model), right-padded.
             lengths: (batch,) int64 real tokens, at least 1.
         """
+        with torch.autocast(x.device.type, enabled=False):  # a threshold needs every bit
+            return self._score(x.detach().to(self.project.weight.dtype), lengths)
+
+    def _score(self, x: Tensor, lengths: Tensor) -> BlockAttributes:
         _, length, d_model = x.shape
         leaves = -(-length // self.l0)
         begins = torch.arange(leaves, device=x.device) * self.l0
         tokens = (lengths[:, None] - begins).clamp(0, self.l0)[:, None]  # (batch, 1, leaves)
-        x = x.detach()
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(d_model)
         x = self.project(x) / (size + 1e-6)
         x = F.pad(x.transpose(1, 2), (0, leaves * self.l0 - length))

@@ -1,0 +1,1 @@
+"""Sequences of bases, one token each."""
