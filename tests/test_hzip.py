@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from flexbench.models.hzip.blocks import BlockStructure
 from flexbench.tasks.base import registry as tasks
 
 F64 = torch.float64
+ROOT = Path(__file__).parent.parent
 DYNAMIC = ((1, 1), (3, 1), (3, 2))
 LEAN: dict[str, Any] = {"fusion_at": "inner", "form": "lean", "gate_norm": True}
 VARIANTS: list[dict[str, Any]] = [
@@ -408,3 +410,15 @@ def test_the_readings_are_scaled_for_depth_once():
     four = resolve("hzip-lean").parse({}).build(16, layer=0, n_layers=4)
     ratio = one.mamba_fwd.out_proj.weight / four.mamba_fwd.out_proj.weight
     torch.testing.assert_close(ratio, torch.full_like(ratio, math.sqrt(4)))
+
+
+def test_the_page_quotes_the_table():
+    """Every accuracy and difference in docs/hzip.md's table stands in the derived one."""
+    derived = (ROOT / "results/tables/fusions.md").read_text().replace("-", "−")
+    page = (ROOT / "docs/hzip.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "(+" in line]
+    rows += [line for line in page.splitlines() if line.startswith("| ") and "(−" in line]
+    assert len(rows) >= 9
+    for row in rows:
+        for cell in row.strip("| ").split(" | ")[1:]:
+            assert f" {cell} " in derived, row
