@@ -35,6 +35,8 @@ def random_nodes(lengths: list[int], seed: int) -> Bounds:
             stop = min(end, start + chance.randint(1, 20))
             if start >= stop:
                 return
+            if chance.random() < 0.2:
+                nodes.append((start, start, start))
             middle = start if chance.random() < 0.6 else chance.randrange(start, stop)
             nodes.append((start, middle, stop))
             if depth:
@@ -70,7 +72,8 @@ def plain_walk(lengths, nodes, u, delta, A, B, C, D, z, delta_bias, initial_stat
     edges = bounds(lengths).tolist()
     y, last = [], []
     for i, (start, end) in enumerate(itertools.pairwise(edges)):
-        inside = [k for k, node in enumerate(nodes) if start <= node[0] and node[2] <= end]
+        real = [k for k, node in enumerate(nodes) if node[0] < node[2]]
+        inside = [k for k in real if start <= nodes[k][0] and nodes[k][2] <= end]
         inside.sort(key=lambda k: (nodes[k][0], -nodes[k][2], k))
         h, first = initial_state[i], {}
         entered = {}

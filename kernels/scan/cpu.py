@@ -217,6 +217,8 @@ def scan_backward(
         name: None if tensor is None else torch.empty(tensor.shape, dtype=torch.float32)
         for name, tensor in inputs.items()
     }
+    if alpha is not None:  # an empty node has no event that would write its gradient
+        grads["dalpha"] = torch.zeros(alpha.shape)
     kept = {"dout": packed(dout), "dlast": f32(dlast), "checkpoints": checkpoints, "gap": gap}
     call.attach(kept)
     call.attach(grads)
