@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
 
 from flexbench.tasks.base import registry
 
 # Started in the background, a shell has us ignore Ctrl-C, which the tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# CI checks the same examples every time; elsewhere every run looks at new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 # Small tensors gain nothing from threads, and lose much where several test processes share cores.
 torch.set_num_threads(1)

@@ -148,7 +148,7 @@ def test_cpu_equals_reference(lengths, dim, state, wide, repeated, seed):
 
     got = outputs_and_gradients(run("cpu", bounds(lengths)), inputs, torch.float32)
     wanted = outputs_and_gradients(run("reference", random_cuts(lengths, seed)), inputs, F64)
-    assert_close(got, wanted, 2e-5)
+    assert_close(got, wanted, 5e-5)
 
 
 @settings(max_examples=15, deadline=None)

@@ -23,6 +23,7 @@ from flexbench.errors import UserError
 from flexbench.harness import Cell, Done, Plan, SweepResult, plan, run
 from flexbench.harness.executor import Inline
 from flexbench.harness.speed import SpeedFailed, measure
+from flexbench.harness.sweep import MODELS
 from flexbench.harness.trial import Order, evaluation_steps, make_optimizer, schedule, train_trial
 from flexbench.records import (
     Absence,
@@ -222,7 +223,7 @@ def test_grid_does_not_change_the_hash_but_all_else_does(toys: ModuleType) -> No
 
 def test_widths_are_matched_and_overrides_apply(toys: ModuleType, tmp_path: Path) -> None:
     chosen = planned("stack.d_model=16", "training.steps=3", "task.length=5", models=None)
-    assert [cell.model for cell in chosen.cells] == ["mamba", "bimamba", "alternating"]
+    assert [cell.model for cell in chosen.cells] == list(MODELS)
     for cell in chosen.cells:
         (trial,) = cell.grid
         assert trial.stack.d_model == 16
@@ -273,6 +274,8 @@ def test_causal_task_refuses_what_sees_the_future(toys: ModuleType, tmp_path: Pa
         "mamba": "planned",
         "bimamba": "refused",
         "alternating": "refused",
+        "flexblock": "refused",
+        "hzip": "refused",
     }
 
 
