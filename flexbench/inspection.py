@@ -261,7 +261,7 @@ def _draw_strips(
         else:
             _draw_blocks(axis, part)
         axis.set_xlim(0, length)
-        axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_ylabel(title.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
         axis.tick_params(labelsize=7, labelbottom=index == len(panels) - 1)
     axes[-1].set_xlabel("step", fontsize=8)
 
