@@ -162,7 +162,7 @@ def draw(
     """A block of panels a sample, one under another."""
     as_picture = data.spec.input == "values" and task.view == "image"
     panels = [_picture_panels(s) if as_picture else _strip_panels(s, data) for s in samples]
-    heights = [max(1.7, 0.55 * len(p) + 0.75) if not as_picture else 2.6 for p in panels]
+    heights = [0.7 * len(p) + 1.1 if not as_picture else 2.6 for p in panels]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(WIDTH, sum(heights) + 0.8), layout="constrained")
         FigureCanvasAgg(figure)
@@ -172,10 +172,11 @@ def draw(
             f"best validation weights; test samples",
             fontsize=11,
         )
-        head, *rest = figure.subfigures(
-            len(samples) + 1, 1, height_ratios=[0.45, *heights], squeeze=False
-        )[:, 0]
-        _legend(head, samples)
+        mapped = any(isinstance(value, GuideMap) for s in samples for _, value in s.traces)
+        ratios = [*([0.45] if mapped else []), *heights]
+        rest = list(figure.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0])
+        if mapped:
+            _legend(rest.pop(0))
         for sub, sample, parts in zip(rest, samples, panels, strict=True):
             sub.suptitle(_verdict(sample), fontsize=9, x=0.01, ha="left")
             if as_picture:
@@ -185,10 +186,7 @@ def draw(
     return figure
 
 
-def _legend(figure: SubFigure, samples: list[Sample]) -> None:
-    maps = [value for s in samples for _, value in s.traces if isinstance(value, GuideMap)]
-    if not maps:
-        return
+def _legend(figure: SubFigure) -> None:
     handles = [
         Patch(facecolor=colour, edgecolor="black", label=kind.name.lower())
         for kind, colour in TYPE_COLOURS.items()
