@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexbench.models.flexblock.guide import BlockType, GuideMap, Packing
-from flexbench.models.flexblock.merge import Level
+from flexbench.models.flexblock.merge import Level, at_nodes
 
 GateForm = Literal["none", "leaf-scalar", "leaf-channel", "tree-scalar", "tree-channel"]
 GateNodes = Literal["merged", "above", "all"]
@@ -102,23 +102,6 @@ class NodeGate(nn.Module):
 
     def forward(self, tree: list[Level], nodes: Nodes) -> Tensor:
         """(nodes, channels)."""
-        features = torch.cat(
-            [
-                torch.cat(
-                    [
-                        level.summary,
-                        level.homogeneity[..., None],
-                        level.reverse[..., None],
-                        level.bidirectional[..., None],
-                        torch.full_like(level.reverse[..., None], float(height)),
-                    ],
-                    dim=-1,
-                )
-                for height, level in enumerate(tree)
-            ],
-            dim=1,
-        )
-        widths = torch.tensor([level.tokens.shape[1] for level in tree], device=features.device)
-        first = widths.cumsum(0) - widths
-        chosen = features[nodes.batch, first[nodes.level] + nodes.index]
+        chosen = at_nodes([level.features for level in tree], nodes.batch, nodes.level, nodes.index)
+        chosen = torch.cat([chosen, nodes.level[:, None].to(chosen.dtype)], dim=-1)
         return self.output(F.gelu(self.hidden(chosen))).sigmoid()

@@ -50,6 +50,12 @@ class Level:
     type: Tensor
     tokens: Tensor
 
+    @property
+    def features(self) -> Tensor:
+        """(batch, nodes, features + 3): summary, homogeneity, reverse, bidirectional."""
+        scalars = torch.stack([self.homogeneity, self.reverse, self.bidirectional], dim=-1)
+        return torch.cat([self.summary, scalars], dim=-1)
+
     def parents(self) -> Level:
         """The level above: summaries are renormalised length-weighted means, homogeneity the
         smaller one, probabilities length-weighted means."""
@@ -78,6 +84,13 @@ class Level:
         real = (_pairs(self.tokens) > 0).all(-1)
         same = (types[..., 0] == types[..., 1]) & (flags[..., 0] == flags[..., 1])
         return (first * second).sum(-1).clamp(-1, 1), same & real
+
+
+def at_nodes(levels: list[Tensor], batch: Tensor, level: Tensor, index: Tensor) -> Tensor:
+    """(n, ...) the values of n nodes, given (batch, nodes, ...) those of every level."""
+    widths = torch.tensor([values.shape[1] for values in levels], device=level.device)
+    first = widths.cumsum(0) - widths
+    return torch.cat(levels, 1)[batch, first[level] + index]
 
 
 def unit(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from flexbench.models.flexblock.guide import BlockType, GuideMap, Packing, Resol
 from flexbench.models.flexblock.merge import (
     BlockAttributes,
     Level,
+    at_nodes,
     build_tree,
     merge,
     to_map,
@@ -573,10 +574,8 @@ def real_lengths(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -
 
 def of_blocks(levels: list[Tensor], guide: GuideMap) -> Tensor:
     """(blocks,) the values of the map's blocks, given (batch, nodes) those of every level."""
-    widths = torch.tensor([values.shape[1] for values in levels], device=guide.level.device)
-    first = widths.cumsum(0) - widths
-    index = first[guide.level] + guide.start // (guide.l0 << guide.level)
-    return torch.cat(levels, 1)[guide.batch, index]
+    index = guide.start // (guide.l0 << guide.level)
+    return at_nodes(levels, guide.batch, guide.level, index)
 
 
 def types_by_share(score: Tensor, tokens: Tensor, full: float, reduced: float) -> Tensor:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexbench.models.flexblock.guide import BlockType, GuideMap
-from flexbench.models.flexblock.merge import build_guide_map, build_tree
+from flexbench.models.flexblock.merge import build_tree, merge, to_map
+from flexbench.models.flexblock.router import of_blocks
 from flexbench.models.flexblock.scorer import Scorer
 
 
@@ -42,19 +43,8 @@ class BlockStructure(nn.Module):
             padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)
         found = self.scorer(padded, lengths)
         tree = build_tree(found, lengths, self.l0)
-        guide = build_guide_map(found, lengths, l0=self.l0, merge_threshold=self.merge_threshold)
-
-        nodes = torch.cat(
-            [
-                torch.cat([level.summary, torch.stack(scalars, dim=-1)], dim=-1)
-                for level in tree
-                for scalars in [(level.homogeneity, level.reverse, level.bidirectional)]
-            ],
-            dim=1,
-        )
-        widths = torch.tensor([level.tokens.shape[1] for level in tree], device=nodes.device)
-        first = widths.cumsum(0) - widths
-        node = first[guide.level] + (guide.start // self.l0 >> guide.level)
+        guide = to_map(tree, merge(tree, merge_threshold=self.merge_threshold), self.l0)
+        nodes = of_blocks([level.features for level in tree], guide)
         # Blocks tile every sequence in order, so that their steps in turn are the batch's.
         block = torch.arange(len(guide), device=nodes.device).repeat_interleave(guide.length)
         place = torch.arange(len(block), device=nodes.device)
@@ -64,7 +54,7 @@ class BlockStructure(nn.Module):
         kind = F.one_hot(guide.type[block], len(BlockType)) + likely - likely.detach()
         size = guide.length[block].to(nodes.dtype)
         structure = torch.cat(
-            [nodes[guide.batch, node][block], kind, size.log2()[:, None], (place / size)[:, None]],
+            [nodes[block], kind, size.log2()[:, None], (place / size)[:, None]],
             dim=-1,
         )
         return structure.view(*context.shape[:2], -1), guide
