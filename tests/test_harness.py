@@ -34,6 +34,7 @@ from flexbench.records import (
     scan,
     write_json,
 )
+from flexbench.report.results import collect
 from flexbench.tasks.store import Store
 
 
@@ -199,6 +200,26 @@ def test_best_weights_are_the_best_on_validation(
     assert not (directory / "checkpoint.pt").exists()
 
 
+def test_a_checkpoint_from_before_a_schedule_has_settled_is_kept_only_if_there_is_no_other(
+    toys: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def after_step(self: Any, progress: float, loss: float) -> None:
+        self.settled = progress > settles_after
+
+    monkeypatch.setattr(toys.Mixer, "after_step", after_step, raising=False)
+    config = planned("training.evaluations=8").cells[0].grid[0]
+    for settles_after, steps in ((0.9, {40}), (1.0, set(range(5, 41, 5)))):
+        record = train_trial(config, tmp_path / str(settles_after), Store())
+        assert record.metrics is not None
+        history = (config.directory(tmp_path / str(settles_after)) / "history.jsonl").open()
+        entries = [json.loads(line) for line in history]
+        among = [entry for entry in entries if entry["step"] in steps]
+        assert {entry["settled"] for entry in among} == {settles_after < 1}
+        assert record.metrics["validation_accuracy"] == max(
+            entry["validation_accuracy"] for entry in among
+        )
+
+
 # -- plans -------------------------------------------------------------------------------------
 
 
@@ -209,6 +230,34 @@ def test_nothing_is_trained_twice(toys: ModuleType, tmp_path: Path) -> None:
     done = {event.trial.seed: event.cached for event in events if isinstance(event, Done)}
     assert done == {0: True, 1: True, 2: False}
     assert second.cells[0].records[:2] == first.cells[0].records
+
+
+def test_a_record_from_before_an_option_was_added_is_found(
+    toys: ModuleType, tmp_path: Path
+) -> None:
+    (cell,) = sweep(tmp_path, planned()).cells
+    (record,) = cell.records
+    assert cell.selection is not None
+    options = {k: v for k, v in record.config.task_options.items() if k != "flip_test"}
+    config = record.config.model_copy(update={"task_options": options})
+    older = record.model_copy(update={"config": config, "hash": config.hash})
+    record.config.directory(tmp_path).rename(config.directory(tmp_path))
+    write_json(config.directory(tmp_path) / "record.json", older)
+    cell.selection.path(tmp_path).unlink()
+
+    events: list[Any] = []
+    (again,) = sweep(tmp_path, planned(), events).cells
+    assert [event.cached for event in events if isinstance(event, Done)] == [True]
+    assert again.records == (older,)
+    assert again.selection is not None
+    assert again.selection.trials == {"0": older.hash}
+    (suite,), skipped = collect(tmp_path)
+    assert [row.trials for row in suite.rows] == [(older,)]
+    assert suite.rows[0].facts is not None
+    assert not skipped
+
+    (other,) = sweep(tmp_path, planned("toy.flip_test=true")).cells
+    assert other.records[0].hash != older.hash
 
 
 def test_grid_does_not_change_the_hash_but_all_else_does(toys: ModuleType) -> None:

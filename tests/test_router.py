@@ -13,7 +13,12 @@ from flexbench.config import StackConfig
 from flexbench.interface import Batch, ProblemSpec
 from flexbench.models import build, resolve
 from flexbench.models.flexblock import Router, RouterOptions
-from flexbench.models.flexblock.router import share_thresholds, types_by_share, types_by_threshold
+from flexbench.models.flexblock.router import (
+    SETTLED,
+    share_thresholds,
+    types_by_share,
+    types_by_threshold,
+)
 from flexbench.models.flexblock.scorer import CONVOLUTIONS, Scorer
 
 ROUTES = ("saliency", "ste", "gate", "soft", "random", "fixed", "uniform")
@@ -300,3 +305,19 @@ def test_diagnostics_tell_training_and_evaluation_apart():
     assert found["mean_block_length"] > 4
     made.train()
     assert "training_computed_token_ratio" not in made.diagnostics()
+
+
+def test_the_model_is_settled_once_its_ratio_is_at_the_target():
+    made = model(target_ratio=0.5, router_hold=0.0, router_warmup=0.2)
+    assert not made.settled
+    for step in range(SETTLED + 1):
+        made.after_step(step / 100, 1.0)
+    assert any(isinstance(each, Router) and each.released for each in made.modules())
+    assert not made.settled
+    made.after_step(0.5, 1.0)
+    assert made.settled
+    assert model(router_gradient="uniform").settled
+    whole = model(target_ratio=1.0)
+    assert not whole.settled, "directions are random until the hold is over"
+    whole.after_step(0.5, 1.0)
+    assert whole.settled

@@ -459,7 +459,7 @@ def _select(cell: Cell, chosen: Sequence[TrialConfig], records: Mapping[str, Rec
         config=chosen[0],
         grid=grid,
         learning_rate=chosen[0].learning_rate,
-        trials={str(trial.seed): trial.hash for trial in chosen},
+        trials={str(trial.seed): records[trial.hash].hash for trial in chosen},
     )
 
 

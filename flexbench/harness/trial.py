@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexbench.config import TrainingConfig
+from flexbench.errors import UserError
 from flexbench.harness import checkpoint
 from flexbench.harness.environment import environment
 from flexbench.harness.events import Notice, Observer, Progress
@@ -29,6 +30,7 @@ from flexbench.harness.locks import Machine, trial_lock
 from flexbench.harness.scores import Answers, accuracy, scores
 from flexbench.interface import IGNORED, Batch, ProblemSpec
 from flexbench.models import build, is_matched, resolve
+from flexbench.models.base import registry as model_registry
 from flexbench.models.stack import SequenceModel
 from flexbench.records import (
     CannotWrite,
@@ -39,6 +41,7 @@ from flexbench.records import (
     write_atomic,
     write_json,
 )
+from flexbench.registry import Registry
 from flexbench.tasks.base import FurtherTest, Split, TaskData
 from flexbench.tasks.base import registry as task_registry
 from flexbench.tasks.store import Store
@@ -95,13 +98,45 @@ def settled(
     config: TrialConfig, results: Path, observe: Observer = lambda event: None
 ) -> Record | None:
     """The trial's record if it needs no more training: it finished, or it diverged."""
-    path = config.directory(results) / "record.json"
+    own = config.directory(results)
     try:
-        record = read_record(path)
+        record = read_record(own / "record.json")
     except ValueError as error:
         observe(Notice(f"{error}; the trial is done again"))
         return None
+    if record is None:
+        record = _before_options(config, own)
     return record if record is not None and record.outcome in ("finished", "diverged") else None
+
+
+def _before_options(config: TrialConfig, own: Path) -> Record | None:
+    """The record of the same trial from before an option was added, under its hash of then."""
+    for path in sorted(own.parent.glob(f"{config.preset}-seed{config.seed}-*/record.json")):
+        try:
+            record = read_record(path)
+        except ValueError:
+            continue  # another trial's; the report names it
+        if record is not None and completed(record.config).hash == config.hash:
+            return record
+    return None
+
+
+def completed(config: TrialConfig) -> TrialConfig:
+    """The config with options that came after it, at their defaults: they change no number.
+
+    Options of tasks and models that are not registered, or that today's no longer takes, are left
+    as they are.
+    """
+    task = _completed(task_registry, config.task, config.task_options)
+    model = _completed(model_registry, config.model, config.model_options)
+    return config.model_copy(update={"task_options": task, "model_options": model})
+
+
+def _completed(registry: Registry[Any], name: str, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return registry.get(name).parse(options).model_dump(mode="json")
+    except UserError:
+        return options
 
 
 def record_loss(config: TrialConfig, results: Path, reason: str) -> Record:
@@ -456,11 +491,12 @@ class _Trial:
             "validation_loss": answers.loss,
             "validation_accuracy": accuracy(answers),
             "tokens": state.tokens,
+            "settled": self.model.settled,
             **self.model.diagnostics(),
         }
         state.history.append(entry)
         state.loss_sum, state.loss_count = 0.0, 0
-        if state.best is None or merit(entry) > merit(state.best):
+        if state.best is None or _rank(entry) > _rank(state.best):
             state.best = entry
             weights = self.model.state_dict().items()
             state.best_weights = {name: value.detach().clone() for name, value in weights}
@@ -597,6 +633,11 @@ class _Trial:
         torch.set_rng_state(found["random"]["cpu"])
         if self.config.device == "cuda":
             torch.cuda.set_rng_state(found["random"]["cuda"])
+
+
+def _rank(entry: dict[str, float]) -> tuple[float, ...]:
+    """Which checkpoint is kept: the best of those where the model does what its options ask."""
+    return entry["settled"], *merit(entry)
 
 
 def merit(entry: dict[str, float]) -> tuple[float, float]:

@@ -22,8 +22,9 @@ class MixerConfig(StrictModel, ABC):
     that. A mixer or router may have `after_step(progress, loss)`, called after each training step
     with the share of the training done and the step's mean loss; `diagnostics()`, floats by name
     for the record; `begin_calibration()` and `end_calibration()`, called around passes over
-    training data before an evaluation; and `trace`, which, when it is a dict, the next forward pass
-    fills with what `flexbench inspect` draws.
+    training data before an evaluation; `settled`, False while a schedule keeps it from what its
+    options ask for, so that a checkpoint of then is kept only if there is no other; and `trace`,
+    which, when it is a dict, the next forward pass fills with what `flexbench inspect` draws.
 
     Class attributes:
         version: raised whenever the same options would compute something else.

@@ -237,6 +237,11 @@ class SequenceModel(nn.Module):
         for module in self._having("after_step"):
             module.after_step(progress, loss)
 
+    @property
+    def settled(self) -> bool:
+        """Whether every mixer and router does by now what its options ask for."""
+        return all(getattr(module, "settled", True) for module in self.backbone.modules())
+
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Let whoever asks set what it needs for evaluation by passes over training data."""

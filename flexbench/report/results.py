@@ -17,6 +17,7 @@ from flexbench.config import PRESETS, Preset, StrictModel, TrainingConfig
 from flexbench.errors import UserError
 from flexbench.harness.speed import speed_key
 from flexbench.harness.sweep import BASELINE
+from flexbench.harness.trial import completed
 from flexbench.models.base import registry as models
 from flexbench.records import (
     Absence,
@@ -220,13 +221,13 @@ def collect(results: Path) -> tuple[list[SuiteResults], list[str]]:
     }
     speeds = list(scan(results, SpeedRecord, skipped))
     rates = {
-        selection.config.cell: selection.learning_rate
+        completed(selection.config).cell: selection.learning_rate
         for selection in scan(results, Selection, skipped)
     }
     cells: dict[str, list[Record]] = defaultdict(list)
     for record in scan(results, Record, skipped):
         if record.hash == record.config.hash:
-            cells[record.config.cell].append(record)
+            cells[completed(record.config).cell].append(record)
         else:
             where = record.config.directory(results)
             skipped.append(f"{where}: the record's hash is not that of its config")
@@ -271,7 +272,7 @@ def _row(
     if not any(record.config.learning_rate == rate for record in records):
         rate = _best_rate(records)
     chosen = tuple(record for record in records if record.config.learning_rate == rate)
-    config = chosen[0].config
+    config = completed(chosen[0].config)
     folders = {record.config.seed: record.config.directory(results) for record in chosen}
     answers = {
         record.config.seed: _read_correct(
@@ -280,14 +281,18 @@ def _row(
         for record in chosen
         if record.outcome == "finished" and record.metrics
     }
-    key = (config.suite, config.task, config.task_version, _canonical(config.task_options))
+    then = chosen[0].config
+    keys = [
+        (each.suite, each.task, each.task_version, _canonical(each.task_options))
+        for each in (config, then)
+    ]
     return Row(
         config=config,
         variant=_overrides(config),
         trials=chosen,
         other_rates=tuple(each for each in records if each.config.learning_rate != rate),
         older=_is_older(config),
-        facts=facts.get(key),
+        facts=next((facts[key] for key in keys if key in facts), None),
         speed=_speed(speeds, chosen[0]),
         correct={seed: array for seed, array in answers.items() if array is not None},
         curves={seed: _read_curve(folder / "history.jsonl") for seed, folder in folders.items()},

@@ -32,7 +32,7 @@ RevGate = Literal["hard", "soft"]
 ROUTER_WEIGHT = 0.1
 """Weight of the router's own losses; small, since the gradient's norm is clipped as a whole."""
 OBSERVED_SHARE = 0.25
-"""Share of the steps that observe saliency once the ratio has settled."""
+"""Share of the steps that observe saliency once the ratio is at its target."""
 LONGEST_HOLD = 0.4
 """Share of the training after which the hold ends even if the loss has not moved."""
 SETTLED = 20
@@ -305,11 +305,10 @@ class Router(nn.Module):
         return tree, to_map(tree, level_of_leaf, options.l0, options.rev_threshold)
 
     def _observes(self) -> bool:
-        """Whether this pass measures saliency: in training, once the ratio has settled now and
-        then."""
+        """Whether this pass measures saliency: in training, at the target ratio now and then."""
         if not self.training or self.options.router_gradient != "saliency":
             return False
-        return not self.settled or float(torch.rand(())) < OBSERVED_SHARE
+        return not self._at_target or float(torch.rand(())) < OBSERVED_SHARE
 
     @property
     def _steers(self) -> bool:
@@ -379,7 +378,13 @@ class Router(nn.Module):
 
     @property
     def settled(self) -> bool:
-        """Whether the ratio has reached its target."""
+        """Whether the hold is over and the ratio has reached its target."""
+        if self.options.router_gradient == "uniform":
+            return True
+        return self.released and self._at_target
+
+    @property
+    def _at_target(self) -> bool:
         return self.ratio == 1 - (1 - self.options.target_ratio)
 
     def _shares(self, ratio: float) -> tuple[float, float]:
