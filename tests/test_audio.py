@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import tarfile
 import wave
@@ -10,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 from test_data_lra import add, pinned
 from test_data_store import Server
 
 from flexbench.config import PRESETS
-from flexbench.errors import DataUnavailable, UserError
+from flexbench.errors import UserError
 from flexbench.tasks.audio import phones, speech_commands, spoken_language
 from flexbench.tasks.audio.waves import WaveSplit, moments, read_wave, write_samples
 from flexbench.tasks.base import registry, suites
@@ -148,7 +148,6 @@ def test_a_window_must_hold_whole_steps():
 
 
 def an_ogg(seed: int, rate: int = 22_050) -> bytes:
-    soundfile = importlib.import_module("soundfile")
     content = io.BytesIO()
     soundfile.write(content, noise(seed, rate // 2) / 2**15, rate, format="OGG", subtype="VORBIS")
     return content.getvalue()
@@ -196,17 +195,6 @@ def test_clips_are_split_by_stamp_and_brought_to_one_loudness(stamps):
     assert flat[:, 2100:5900].square().mean(1).sqrt().numpy() == pytest.approx(1.0, abs=0.1)
     told = prompts.split.batch(np.arange(3)).labels.tolist()
     assert [spoken_language.LANGUAGES[label] for label in told] == ["es", "fr", "ru"]
-
-
-def test_without_the_decoder_nothing_is_fetched(stamps, monkeypatch):
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(DataUnavailable, match=r"pip install 'flexbench\[audio\]'") as caught:
-        spoken_language.SpokenLanguage(rate=8000).prepare(stamps)
-    assert "\n" not in str(caught.value)
-    assert not (stamps.cache / "downloads").exists()
 
 
 def test_a_damaged_clip_is_one_sentence():

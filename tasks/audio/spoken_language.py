@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from math import gcd
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
+import soundfile  # type: ignore[import-untyped]
 from pydantic import Field, PositiveInt, model_validator
 from scipy.signal import resample_poly
 from typing_extensions import Self
 
 from flexbench.config import Preset, StackConfig, TrainingConfig
-from flexbench.errors import DataUnavailable, UserError
+from flexbench.errors import UserError
 from flexbench.interface import ProblemSpec
 from flexbench.tasks import trivial
 from flexbench.tasks.archives import deb_members
@@ -133,8 +133,6 @@ class SpokenLanguage(Task):
         def build(folder: Path, raw: Raw) -> None:
             _build(folder, raw, self.rate)
 
-        if not store.folder(self.name, self.version, options).exists():
-            _decoder()
         store.convert(self.name, self.version, options, CLIPS, build)
 
     def load(self, store: Store) -> TaskData:
@@ -170,21 +168,6 @@ class SpokenLanguage(Task):
             "majority class": trivial.majority(data.train, data.test),
             "linear on a histogram": trivial.linear(data),
         }
-
-
-def _decoder() -> Any:
-    """The module `soundfile`.
-
-    Raises:
-        DataUnavailable: it is not installed.
-    """
-    try:
-        return importlib.import_module("soundfile")
-    except ImportError as error:
-        raise DataUnavailable(
-            "'spoken-language' is made of Ogg Vorbis clips; install what decodes them with "
-            "`python -m pip install 'flexbench[audio]'`"
-        ) from error
 
 
 def _build(folder: Path, raw: Raw, rate: int) -> None:
@@ -237,7 +220,6 @@ def decode(content: bytes, name: str) -> Clip:
     Raises:
         UserError: it is damaged.
     """
-    soundfile = _decoder()
     try:
         samples, rate = soundfile.read(io.BytesIO(content), dtype="float64", always_2d=True)
     except soundfile.LibsndfileError as error:
