@@ -8,6 +8,7 @@ Layout under a results directory (`--results`, default `results`)::
     speed/<suite>/<task>/<model>/<digest>.json    one measurement of speed and memory
     selections/<suite>/<task>/<model>/<preset>-<digest>.json    which learning rate a cell uses
     absences/<suite>/<task>/<model>/<preset>.json    why a cell has no trial
+    ablations/<name>/<preset>.json        which cells an ablation compares
     tables/  plots/                       derived: `flexbench report` makes them again
 
 Every JSON file is written to a temporary name, synced and renamed, so a reader sees all or nothing.
@@ -147,6 +148,52 @@ class Absence(StrictModel):
     def path(self, results: Path) -> Path:
         model = self.model.replace(":", "-")
         return results / "absences" / self.suite / self.task / model / f"{self.preset}.json"
+
+
+class AblationPoint(StrictModel):
+    """One cell of an ablation, or why there is none.
+
+    Attributes:
+        task: "suite/task".
+        variant: the label; "" is the baseline.
+        factors: what this variant sets, keyed as `--set` names it, such as {"flexblock.l0": 32};
+            {"model": "alternating"} where it is another model. The baseline's: its own values of
+            all that its variants set.
+        cell: `TrialConfig.cell` of its trials; None where it is not run.
+        reason: why not ("skipped: too short: 4 blocks a sequence, 8 are wanted").
+    """
+
+    task: str
+    variant: str
+    factors: dict[str, Any]
+    cell: str | None = None
+    reason: str = ""
+
+
+class AblationRecord(StrictModel):
+    """What an ablation compares at one preset, as it was declared and planned.
+
+    Attributes:
+        question: one sentence.
+        model: the baseline's.
+        x: the factor on the x axis, keyed as `--set` names it; None: one bar a variant.
+        y: what is plotted: "accuracy", "tokens_per_second", "computed_token_ratio", ….
+        declaration: as it was read.
+    """
+
+    schema_version: int = SCHEMA
+    name: str
+    question: str
+    preset: str
+    model: str
+    x: str | None
+    log_x: bool
+    y: list[str]
+    points: tuple[AblationPoint, ...]
+    declaration: dict[str, Any]
+
+    def path(self, results: Path) -> Path:
+        return results / "ablations" / self.name / f"{self.preset}.json"
 
 
 class TaskRecord(StrictModel):
@@ -292,7 +339,7 @@ def _read(path: Path, kind: type[M]) -> M | None:
 
 
 def scan(results: Path, kind: type[Any], skipped: list[str]) -> Iterator[Any]:
-    """All records of one kind (Record, Selection, Absence, TaskRecord, SpeedRecord) in path order.
+    """All records of one kind (Record, Selection, …) in path order.
 
     What cannot be read is named in `skipped` and passed over.
     """
@@ -302,6 +349,7 @@ def scan(results: Path, kind: type[Any], skipped: list[str]) -> Iterator[Any]:
         Absence: ("absences", "**/*.json"),
         TaskRecord: ("tasks", "**/*.json"),
         SpeedRecord: ("speed", "**/*.json"),
+        AblationRecord: ("ablations", "*/*.json"),
     }
     folder, pattern = places[kind]
     for path in sorted((results / folder).glob(pattern)):
