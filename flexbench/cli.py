@@ -162,8 +162,49 @@ def run(
     with ProgressBars() as observe:
         result = harness.run(plan, results=results, store=store, executor=executor, observe=observe)
     written = report.write(results)
-    _print(written.tables.get((plan.suite, plan.preset), ""))
+    _print(written.tables.get((suite, preset), ""))
     _say_written(written, results)
+    return _verdict(result)
+
+
+@app.command(
+    rich_help_panel="Bench", epilog=_examples("ablate rev", "ablate my-own.yaml --preset small")
+)
+def ablate(
+    which: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="One of `flexbench ls ablations`, or a declaration of your own."
+        ),
+    ],
+    seeds: Seeds = None,
+    preset: PresetName = "quick",
+    device: Device = "auto",
+    workers: Workers = None,
+    results: Results = Path("results"),
+    data_dir: DataDir = None,
+    offline: Offline = False,
+) -> int:
+    """Vary one design choice, then print what that changed.
+
+    What is on record already is not trained again, whatever trained it; an interrupted ablation
+    goes on where it stopped.
+    """
+    from flexbench import harness, report
+    from flexbench.comparison import table
+    from flexbench.progress import ProgressBars
+
+    store = _store(data_dir, offline)
+    _check_workers(workers)
+    planned = harness.plan_ablation(which, preset=preset, seeds=seeds, device=device)
+    executor = harness.make_executor(workers, device=planned.device)
+    with ProgressBars() as observe:
+        record, result = harness.run_ablation(
+            planned, results=results, store=store, executor=executor, observe=observe
+        )
+    _print(table(record, results))
+    if any(cell.records for cell in result.cells):
+        _say_written(report.write(results), results)
     return _verdict(result)
 
 

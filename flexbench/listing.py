@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tabulate import tabulate
 
-import flexbench
+from flexbench import ablations as declared
 from flexbench.models.base import registry as model_registry
 from flexbench.tasks.base import Task
 from flexbench.tasks.base import registry as task_registry
@@ -47,10 +45,8 @@ def models() -> str:
 
 
 def ablations() -> str:
-    """A line a declared sweep."""
-    folder = Path(flexbench.__file__).parent / "ablations"
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
-    return "\n".join(f"  {name}" for name in names) or "  none yet"
+    """A line an ablation: its question."""
+    return _table([[name, declared.read(name)[1].question] for name in declared.names()])
 
 
 def _published(task: type[Task]) -> str:

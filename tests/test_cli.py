@@ -61,7 +61,7 @@ def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "command",
     [
-        *([], ["run"], ["validate"], ["bench"], ["report"], ["ls"]),
+        *([], ["run"], ["ablate"], ["validate"], ["bench"], ["report"], ["ls"]),
         *(["data"], ["data", "fetch"], ["data", "verify"], ["data", "path"]),
     ],
 )
@@ -83,7 +83,16 @@ def test_help_imports_nothing_heavy() -> None:
 def test_listings_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls"]) == 0
     text = capsys.readouterr().out
-    for name in ("lra", "listops", "text", "image", "mamba", "bimamba", "alternating", "none yet"):
+    for name in (
+        "lra",
+        "listops",
+        "text",
+        "image",
+        "mamba",
+        "bimamba",
+        "alternating",
+        "hzip-gates",
+    ):
         assert name in text
     assert main(["ls", "tasks"]) == 0
     lines = capsys.readouterr().out.splitlines()

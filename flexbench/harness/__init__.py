@@ -7,11 +7,13 @@ Use it as the CLI does::
     result = run(chosen, results=Path("results"), store=Store(), executor=executor, observe=print)
 """
 
+from flexbench.harness.ablation import AblationPlan, Variant, plan_ablation, run_ablation
 from flexbench.harness.events import Done, Event, Notice, Observer, Progress, Stage, Step, label
 from flexbench.harness.executor import Executor, make_executor
 from flexbench.harness.sweep import Cell, CellResult, Plan, SweepResult, plan, run
 
 __all__ = [
+    "AblationPlan",
     "Cell",
     "CellResult",
     "Done",
@@ -24,8 +26,11 @@ __all__ = [
     "Stage",
     "Step",
     "SweepResult",
+    "Variant",
     "label",
     "make_executor",
     "plan",
+    "plan_ablation",
     "run",
+    "run_ablation",
 ]

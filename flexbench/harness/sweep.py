@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from flexbench.config import PRESETS, Preset, StackConfig, TrainingConfig
+from flexbench.config import PRESETS, Preset, StackConfig, TrainingConfig, digest
 from flexbench.errors import DataUnavailable, UserError, did_you_mean
 from flexbench.harness.events import Done, Notice, Observer, Stage, Step, label
 from flexbench.harness.executor import Executor, Lost, Postponed
@@ -41,7 +41,7 @@ MODELS = ("mamba", "bimamba", "alternating", "flexblock", "hzip")
 
 SEEDS = {"quick": 1, "small": 3, "paper": 5}
 
-Status = Literal["planned", "omitted", "refused", "no data"]
+Status = Literal["planned", "omitted", "refused", "no data", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Cell:
         seeds: the seeds in order.
         baseline: backbone parameters of the baseline, which this model is matched to.
         status: "planned"; else nothing is trained and `reason` says why: the preset leaves the task
-            out ("omitted"), the model sees the future ("refused"), "no data".
+            out ("omitted"), the model sees the future ("refused"), "no data", or an ablation
+            leaves it out ("skipped").
     """
 
     suite: str
@@ -71,11 +72,8 @@ class Cell:
 class Plan:
     """All that a sweep will do; made without data, network or training."""
 
-    suite: str
-    preset: str
     device: str
     cells: tuple[Cell, ...]
-    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,10 @@ class CellResult:
 
 @dataclass(frozen=True)
 class SweepResult:
+    """What became of every cell of a plan, in its order."""
+
     plan: Plan
     cells: tuple[CellResult, ...]
-    tasks: dict[str, TaskRecord] = field(default_factory=dict)
 
 
 def plan(
@@ -188,7 +187,7 @@ def plan(
                 for rate in setup.training.learning_rates
             )
             cells.append(Cell(suite, name, model, preset, grid, seeded, baseline))
-    return Plan(suite, preset, device, tuple(cells), seeded)
+    return Plan(device, tuple(cells))
 
 
 def run(
@@ -209,7 +208,7 @@ def run(
     check_writable(results)
     if plan.device == "cpu":
         build.prepare(lambda text: observe(Notice(text)))
-    tasks, absent = _prepare(plan, results, store, observe)
+    absent = _prepare(plan, results, store, observe)
     cells = [_or_absent(cell, absent, results) for cell in plan.cells]
     planned = [cell for cell in cells if cell.status == "planned"]
     train = _Trainer(
@@ -232,19 +231,19 @@ def run(
         chosen.append(_over_seeds(cell, best) if best else [cell.grid[0]])
         rest += [trial for trial in chosen[-1] if trial.hash not in records]
     records |= train(rest)
-    done = {}
+    done = []
     for cell, trials in zip(planned, chosen, strict=True):
         selection = _select(cell, trials, records)
         write_json(selection.path(results), selection)
-        outcomes = tuple(records[trial.hash] for trial in trials)
-        done[cell.task, cell.model] = CellResult(cell, outcomes, selection)
+        done.append(CellResult(cell, tuple(records[trial.hash] for trial in trials), selection))
     if measure_speed:
         observe(Stage("speed", len(planned)))
-        for key, outcome in done.items():
-            done[key] = replace(outcome, speed=_speed(outcome, results, store, observe))
-            observe(Step(" ".join(key)))
-    made = tuple(done.get((cell.task, cell.model), CellResult(cell)) for cell in cells)
-    return SweepResult(plan, made, tasks)
+        for place, outcome in enumerate(done):
+            done[place] = replace(outcome, speed=_speed(outcome, results, store, observe))
+            observe(Step(f"{outcome.cell.task} {outcome.cell.model}"))
+    outcomes = iter(done)
+    made = [next(outcomes) if cell.status == "planned" else CellResult(cell) for cell in cells]
+    return SweepResult(plan, tuple(made))
 
 
 # -- planning --------------------------------------------------------------------------------
@@ -315,28 +314,31 @@ def _device(name: str) -> str:
 # -- running ---------------------------------------------------------------------------------
 
 
-def _prepare(
-    plan: Plan, results: Path, store: Store, observe: Observer
-) -> tuple[dict[str, TaskRecord], dict[str, str]]:
-    """The facts of each task, and for each whose data cannot be had, why not."""
-    first = {cell.task: cell.grid[0] for cell in plan.cells if cell.status == "planned"}
+def _prepare(plan: Plan, results: Path, store: Store, observe: Observer) -> dict[str, str]:
+    """Prepare all data and write down its facts; for what cannot be had, why not."""
+    first = {_data(cell): cell.grid[0] for cell in plan.cells if cell.status == "planned"}
     observe(Stage("data", len(first)))
-    facts, absent = {}, {}
-    for name, trial in first.items():
-        task = task_registry.get(name).parse(trial.task_options)
+    absent = {}
+    for data, trial in first.items():
+        task = task_registry.get(trial.task).parse(trial.task_options)
         try:
             task.prepare(store)
-            facts[name] = _facts(task, trial, results, store, observe)
+            _write_facts(task, trial, results, store, observe)
         except DataUnavailable as error:
-            absent[name] = str(error)
-        observe(Step(name))
-    return facts, absent
+            absent[data] = str(error)
+        observe(Step(trial.task))
+    return absent
 
 
-def _facts(
+def _data(cell: Cell) -> str:
+    """Digest of all that decides a planned cell's data."""
+    return digest([cell.task, cell.grid[0].task_version, cell.grid[0].task_options])
+
+
+def _write_facts(
     task: Task, trial: TrialConfig, results: Path, store: Store, observe: Observer
-) -> TaskRecord:
-    """What a score is to be judged against: read, or worked out once and written."""
+) -> None:
+    """What a score is to be judged against, worked out once."""
     empty = TaskRecord(
         suite=trial.suite,
         task=trial.task,
@@ -355,19 +357,16 @@ def _facts(
     except ValueError as error:
         observe(Notice(f"{error}; it is made again"))
         known = None
-    if known is not None:
-        return known
-    data = task.load(store)
-    found = {"trivial": task.trivial_predictors(data), "data_source": asdict(data.source)}
-    record = empty.model_copy(update=found)
-    write_json(path, record)
-    return record
+    if known is None:
+        data = task.load(store)
+        found = {"trivial": task.trivial_predictors(data), "data_source": asdict(data.source)}
+        write_json(path, empty.model_copy(update=found))
 
 
 def _or_absent(cell: Cell, absent: Mapping[str, str], results: Path) -> Cell:
     """The cell, or why it is not run, which goes on record."""
-    if cell.status == "planned" and cell.task in absent:
-        cell = replace(cell, status="no data", reason=absent[cell.task])
+    if cell.status == "planned" and (reason := absent.get(_data(cell))):
+        cell = replace(cell, status="no data", reason=reason)
     if cell.status in ("no data", "refused"):
         absence = Absence(
             suite=cell.suite,

@@ -46,10 +46,16 @@ class Hindsight(GeneratedTask):
             l0=16,
         ),
         "small": Preset(
-            options={"length": 1024, "block": 64},
-            stack=StackConfig(d_model=64, n_layers=2),
-            training=TrainingConfig(steps=3000, batch_size=32, learning_rates=(2e-3, 5e-3)),
-            l0=64,
+            options={"length": 512, "block": 32},
+            stack=StackConfig(d_model=32, n_layers=2),
+            training=TrainingConfig(
+                steps=1200,
+                batch_size=16,
+                learning_rates=(5e-3,),
+                evaluations=5,
+                validation_examples=500,
+            ),
+            l0=32,
         ),
     }
     omitted: ClassVar[dict[str, str]] = {"paper": "nothing is published"}

@@ -49,10 +49,16 @@ class Needles(GeneratedTask):
             l0=16,
         ),
         "small": Preset(
-            options={"length": 2048, "block": 64},
-            stack=StackConfig(d_model=64, n_layers=2),
-            training=TrainingConfig(steps=4000, batch_size=32, learning_rates=(2e-3, 5e-3)),
-            l0=64,
+            options={"length": 1024},
+            stack=STACK,
+            training=TrainingConfig(
+                steps=600,
+                batch_size=32,
+                learning_rates=(5e-3,),
+                evaluations=5,
+                validation_examples=500,
+            ),
+            l0=16,
         ),
     }
     omitted: ClassVar[dict[str, str]] = {"paper": "nothing is published"}

@@ -122,10 +122,10 @@ def _preset(options: dict[str, Any], *, steps: int, batch_size: int, l0: int) ->
 
 
 SMALL = Preset(
-    l0=16,
-    options={"length": 256, "marks": 0.05, "queries": 0.1},
-    stack=StackConfig(d_model=128, n_layers=1),
-    training=TrainingConfig(steps=10_000, batch_size=64, learning_rates=(1e-3, 3e-3, 1e-2)),
+    l0=4,
+    options={"length": 64, "marks": 0.15},
+    stack=StackConfig(d_model=48, n_layers=1),
+    training=TrainingConfig(steps=3000, batch_size=32, learning_rates=(5e-3,), evaluations=6),
 )
 
 
