@@ -7,6 +7,7 @@ from abc import abstractmethod
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
+from typing_extensions import Self
 
 from flexbench.interface import Batch, ProblemSpec
 from flexbench.tasks.arrays import TokenSplit
@@ -41,6 +42,10 @@ class GeneratedTask(Task):
     def make(self, rng: np.random.Generator, examples: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (examples, length) and labels (examples,), or (examples, length) with -100."""
 
+    def varied(self, rng: np.random.Generator) -> Self:
+        """The task that the next fresh training batch is made by: this one, unless lengths vary."""
+        return self
+
     def prepare(self, store: Store) -> None:
         """Nothing to do."""
 
@@ -70,8 +75,8 @@ class _Fresh:
         return self.task.examples
 
     def batch(self, indices: np.ndarray) -> Batch:
-        seed = [self.task.data_seed, TRAIN, *np.asarray(indices).tolist()]
-        return _batch(*self.task.make(np.random.default_rng(seed), len(indices)))
+        rng = np.random.default_rng([self.task.data_seed, TRAIN, *np.asarray(indices).tolist()])
+        return _batch(*self.task.varied(rng).make(rng, len(indices)))
 
 
 class OneByOne:

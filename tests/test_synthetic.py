@@ -151,6 +151,25 @@ def test_copying_fits_any_size(length, memorize, alphabet, examples):
         assert (tokens[:, length + memorize :] == alphabet - 1).all()
 
 
+def test_training_lengths_of_copying_vary_between_batches_alone():
+    task = SelectiveCopying(length=90, memorize=4, shortest=10)
+    data = task.load(STORE)
+    batches = [data.train.batch(np.arange(8) + 8 * start) for start in range(60)]
+    blanks = [batch.inputs.shape[1] - 2 * task.memorize for batch in batches]
+    assert min(blanks) < 20 < 60 < max(blanks)
+    assert all(10 <= each <= 90 for each in blanks)
+    for batch in batches:
+        asked = batch.inputs == task.alphabet - 1
+        assert (asked.sum(1) == task.memorize).all()
+        assert torch.equal(batch.labels != IGNORED, asked)
+    again = data.train.batch(np.arange(8))
+    assert torch.equal(again.inputs, batches[0].inputs)
+    assert data.validation.batch(np.arange(9)).inputs.shape[1] == 90 + 2 * task.memorize
+    for options in ({"shortest": 100}, {"fresh": False}):
+        with pytest.raises(UserError, match="shortest must not exceed"):
+            task.override(options)
+
+
 def test_recall_asks_of_every_key_shown_before_and_of_one_at_the_end():
     tokens, labels = made(InContextRecall(length=40, vocabulary=10))
     keys = tokens[:, ::2]

@@ -6,7 +6,8 @@ from abc import abstractmethod
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
+from typing_extensions import Self
 
 from flexbench.config import Preset, StackConfig, TrainingConfig
 from flexbench.interface import IGNORED, ProblemSpec
@@ -34,9 +35,9 @@ class _Copying(GeneratedTask):
             ),
         ),
         "small": Preset(
-            options={"length": 1024},
+            options={"length": 1024, "shortest": 32},
             training=TrainingConfig(
-                steps=40_000, batch_size=32, learning_rates=(1e-3, 2e-3, 4e-3), evaluations=20
+                steps=10_000, batch_size=32, learning_rates=(4e-3,), evaluations=10
             ),
         ),
         "paper": Preset(
@@ -50,6 +51,21 @@ class _Copying(GeneratedTask):
     length: PositiveInt = Field(4096, description="blanks; the tokens and markers come on top")
     memorize: PositiveInt = Field(16, description="tokens to remember")
     alphabet: int = Field(16, ge=3, description="ids in all: tokens, blank and marker")
+    shortest: PositiveInt | None = Field(
+        None, description="blanks of the shortest training batch, log-uniform up to length"
+    )
+
+    @model_validator(mode="after")
+    def _shortest_fits(self) -> Self:
+        if self.shortest is not None and (self.shortest > self.length or not self.fresh):
+            raise ValueError("shortest must not exceed length, and needs fresh training examples")
+        return self
+
+    def varied(self, rng: np.random.Generator) -> Self:
+        if self.shortest is None:
+            return self
+        blanks = np.exp(rng.uniform(np.log(self.shortest), np.log(self.length + 1)))
+        return self.model_copy(update={"length": int(blanks)})
 
     @property
     def spec(self) -> ProblemSpec:

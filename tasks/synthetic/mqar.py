@@ -33,7 +33,7 @@ class MQAR(GeneratedTask):
         "small": Preset(
             l0=4,
             training=TrainingConfig(
-                steps=20_000, batch_size=64, learning_rates=(1e-3, 2e-3, 4e-3), evaluations=20
+                steps=3000, batch_size=256, learning_rates=(4e-3,), evaluations=10
             ),
         ),
         "paper": Preset(
