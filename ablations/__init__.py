@@ -42,7 +42,8 @@ class Ablation(StrictModel):
         settings: of every cell.
         changes: by label, what a variant sets; "model" names another model.
         grid: by key, values; every combination is a variant, the baseline's own left out.
-        tasks: "suite/task" by preset; a list stands for all presets.
+        tasks: by preset and "suite/task", what its cells set besides; a list of tasks sets nothing
+            there, and where there are no presets it stands for all.
         seeds: how many, by preset, where it is not as many as a sweep has.
     """
 
@@ -51,14 +52,20 @@ class Ablation(StrictModel):
     settings: dict[str, Any] = {}
     changes: dict[str, dict[str, Any]] = {}
     grid: dict[str, tuple[Any, ...]] = {}
-    tasks: dict[str, tuple[str, ...]]
+    tasks: dict[str, dict[str, dict[str, Any]]]
     seeds: dict[str, PositiveInt] = {}
     plot: Plot = Plot()
 
     @field_validator("tasks", mode="before")
     @classmethod
-    def _same_at_every_preset(cls, value: Any) -> Any:
-        return dict.fromkeys(PRESETS, value) if isinstance(value, list) else value
+    def _written_out(cls, value: Any) -> Any:
+        presets = dict.fromkeys(PRESETS, value) if isinstance(value, list) else value
+        if not isinstance(presets, dict):
+            return presets
+        return {
+            preset: {task: {} for task in tasks} if isinstance(tasks, list) else tasks
+            for preset, tasks in presets.items()
+        }
 
     @field_validator("tasks", "seeds")
     @classmethod

@@ -29,12 +29,15 @@ class StrictModel(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
+            # A misspelt key may be the reason why another one is missing.
+            first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
             path = [str(part) for part in first["loc"]]
             key = ".".join(([where] if where else []) + path)
             if first["type"] == "extra_forbidden":
                 known = cls.model_fields if len(path) == 1 else ()
                 raise UserError(f"unknown key '{key}'{did_you_mean(path[-1], known)}") from None
+            if first["type"] == "missing":
+                raise UserError(f"'{key}' is missing") from None
             message = first["msg"].removeprefix("Value error, ")
             got = first.get("input")
             raise UserError(f"bad value for '{key}': {message} (got {got!r})") from None

@@ -199,11 +199,13 @@ def test_the_command(toys: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
 def test_settings_of_other_tasks_and_models_are_left_to_them(
     toys: ModuleType, tmp_path: Path
 ) -> None:
-    text = OWN.replace("tasks: [toy/toy]", "tasks: [toy/toy, probes/needles]")
+    text = OWN.replace("[toy/toy]", "{quick: {toy/toy: {training.steps: 6}, probes/needles: {}}}")
     text = text.replace("settings:", "settings:\n  toy.length: 12\n  toys:Mixer.d_inner: 6")
     planned = plan_ablation(declare(tmp_path, text))
     trials = {(each.task, each.label): each.cell.grid[0] for each in planned.variants}
     assert trials["toy/toy", ""].task_options["length"] == 12
+    assert trials["toy/toy", ""].training.steps == 6
+    assert trials["probes/needles", ""].training.steps == 4
     assert trials["probes/needles", ""].task_options["length"] == 512
     assert trials["probes/needles", ""].model_options["d_inner"] == 6
     assert trials["toy/toy", "seer"].model_options["d_inner"] != 6
@@ -221,13 +223,14 @@ def test_off_is_text(toys: ModuleType, tmp_path: Path) -> None:
     ("old", "new", "words"),
     [
         ("question:", "qestion:", "unknown key 'mine.qestion'; did you mean 'question'?"),
+        ("tasks: [toy/toy]", "", "'mine.tasks' is missing"),
         ("model: toys:Mixer", "model: mamab", "unknown model 'mamab'; did you mean 'mamba'?"),
         ("toy/toy", "toy/tyo", "unknown task 'toy/tyo'; did you mean 'toy/toy'?"),
         ("[toy/toy]", "{quik: [toy/toy]}", "unknown preset 'quik'; did you mean 'quick'?"),
         ("[toy/toy]", "{small: [toy/toy]}", "'mine' declares no tasks at preset 'quick'"),
-        ("training.steps", "training.stps", "did you mean 'training.steps'?"),
+        ("training.steps", "training.stps", "unknown key 'training.stps'; did you mean 'steps'?"),
         ("Mixer.d_inner: 16", "Mixer.d_inner: wide", "bad value"),
-        ("d_inner: 16", "d_inner: 8", "variant 'wide' of 'mine' changes nothing on toy/toy"),
+        ("d_inner: 16", "d_inner: 76", "variant 'wide' of 'mine' changes nothing on toy/toy"),
         ("{model: toys:Seer}", "{toys:Mixer.d_inner: 16}", "'seer' of 'mine' is the same as"),
         ("changes:", "grid: {training.steps: [4]}\nchanges:", "changes or a grid"),
         ("tasks:", "plot: {y: [acuracy]}\ntasks:", "mine.plot.y"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def _plan_cell(
     ablation: Ablation,
     where: str,
     factors: dict[str, Any],
-    tasks: Sequence[str],
+    tasks: Mapping[str, Mapping[str, Any]],
     preset: str,
     seeds: int,
     device: str,
@@ -143,7 +143,7 @@ def _plan_cell(
     known = [f"{suite}/{name}" for suite, names in suites().items() for name in names]
     if where not in known:
         raise UserError(f"unknown task '{where}'{did_you_mean(where, known)}")
-    settings = {**ablation.settings, **factors}
+    settings = {**ablation.settings, **tasks[where], **factors}
     model = settings.pop("model", ablation.model)
     apart = {*(each.partition("/")[2] for each in tasks), *ablation.models}
     apart -= {task, model, BASELINE}
