@@ -98,7 +98,7 @@ def test_a_baseline_is_shared_by_ablations_and_by_run() -> None:
         tasks=["needles"],
         models=["flexblock"],
         device="cpu",
-        overrides=["flexblock.target_ratio=0.35"],
+        overrides=["flexblock.target_ratio=0.25"],
     ).cells
     assert cells[0] == cells[1] == run_cell
 

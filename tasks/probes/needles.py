@@ -52,8 +52,8 @@ class Needles(GeneratedTask):
             options={"length": 1024},
             stack=STACK,
             training=TrainingConfig(
-                steps=600,
-                batch_size=32,
+                steps=1000,
+                batch_size=16,
                 learning_rates=(5e-3,),
                 evaluations=5,
                 validation_examples=500,
