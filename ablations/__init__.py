@@ -79,6 +79,10 @@ class Ablation(StrictModel):
     def _one_way_to_vary(self) -> Self:
         if bool(self.changes) == bool(self.grid):
             raise ValueError("an ablation has changes or a grid, and one of the two")
+        varied = {key for _, factors in self.variants() for key in factors}
+        if self.plot.x is not None and self.plot.x not in varied:
+            hint = did_you_mean(self.plot.x, varied)
+            raise ValueError(f"no variant sets the plot's x, '{self.plot.x}'{hint}")
         return self
 
     def variants(self) -> Iterator[tuple[str, dict[str, Any]]]:
