@@ -151,23 +151,25 @@ def test_copying_fits_any_size(length, memorize, alphabet, examples):
         assert (tokens[:, length + memorize :] == alphabet - 1).all()
 
 
-def test_training_lengths_of_copying_vary_between_batches_alone():
-    task = SelectiveCopying(length=90, memorize=4, shortest=10)
-    data = task.load(STORE)
-    batches = [data.train.batch(np.arange(8) + 8 * start) for start in range(60)]
-    blanks = [batch.inputs.shape[1] - 2 * task.memorize for batch in batches]
-    assert min(blanks) < 20 < 60 < max(blanks)
-    assert all(10 <= each <= 90 for each in blanks)
-    for batch in batches:
-        asked = batch.inputs == task.alphabet - 1
-        assert (asked.sum(1) == task.memorize).all()
-        assert torch.equal(batch.labels != IGNORED, asked)
-    again = data.train.batch(np.arange(8))
-    assert torch.equal(again.inputs, batches[0].inputs)
-    assert data.validation.batch(np.arange(9)).inputs.shape[1] == 90 + 2 * task.memorize
-    for options in ({"shortest": 100}, {"fresh": False}):
-        with pytest.raises(UserError, match="shortest must not exceed"):
-            task.override(options)
+def test_training_lengths_vary_between_batches_alone():
+    for task, extra in (
+        (SelectiveCopying(length=90, memorize=4, shortest=10), 8),
+        (InductionHeads(length=90, shortest=10, ladder=(5,), ladder_examples=3), 0),
+    ):
+        data = task.load(STORE)
+        batches = [data.train.batch(np.arange(8) + 8 * start) for start in range(60)]
+        lengths = [batch.inputs.shape[1] - extra for batch in batches]
+        assert min(lengths) < 20 < 60 < max(lengths)
+        assert all(10 <= each <= 90 for each in lengths)
+        assert all((batch.labels != IGNORED)[:, -1].all() for batch in batches)
+        again = data.train.batch(np.arange(8))
+        assert torch.equal(again.inputs, batches[0].inputs)
+        assert data.validation.batch(np.arange(9)).inputs.shape[1] == 90 + extra
+        for split in data.further.values():
+            assert split.split.batch(np.arange(2)).inputs.shape[1] == 5
+        for options in ({"shortest": 100}, {"fresh": False}):
+            with pytest.raises(UserError, match="shortest must not exceed"):
+                task.override(options)
 
 
 def test_recall_asks_of_every_key_shown_before_and_of_one_at_the_end():

@@ -6,18 +6,17 @@ from abc import abstractmethod
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
-from typing_extensions import Self
+from pydantic import Field, PositiveInt
 
 from flexbench.config import Preset, StackConfig, TrainingConfig
 from flexbench.interface import IGNORED, ProblemSpec
 from flexbench.tasks import trivial
 from flexbench.tasks.base import TaskData, registry
-from flexbench.tasks.generated import GeneratedTask
 from flexbench.tasks.synthetic import distinct
+from flexbench.tasks.synthetic.lengths import MixedLengths
 
 
-class _Copying(GeneratedTask):
+class _Copying(MixedLengths):
     """`memorize` tokens among blanks (0), then as many markers, at which they are read back.
 
     Tokens are uniform over 1 … alphabet - 2, the marker is alphabet - 1; a sequence has
@@ -51,21 +50,6 @@ class _Copying(GeneratedTask):
     length: PositiveInt = Field(4096, description="blanks; the tokens and markers come on top")
     memorize: PositiveInt = Field(16, description="tokens to remember")
     alphabet: int = Field(16, ge=3, description="ids in all: tokens, blank and marker")
-    shortest: PositiveInt | None = Field(
-        None, description="blanks of the shortest training batch, log-uniform up to length"
-    )
-
-    @model_validator(mode="after")
-    def _shortest_fits(self) -> Self:
-        if self.shortest is not None and (self.shortest > self.length or not self.fresh):
-            raise ValueError("shortest must not exceed length, and needs fresh training examples")
-        return self
-
-    def varied(self, rng: np.random.Generator) -> Self:
-        if self.shortest is None:
-            return self
-        blanks = np.exp(rng.uniform(np.log(self.shortest), np.log(self.length + 1)))
-        return self.model_copy(update={"length": int(blanks)})
 
     @property
     def spec(self) -> ProblemSpec:

@@ -12,8 +12,9 @@ from flexbench.config import Preset, StackConfig, TrainingConfig
 from flexbench.interface import IGNORED, ProblemSpec
 from flexbench.tasks import trivial
 from flexbench.tasks.base import FurtherTest, TaskData, registry
-from flexbench.tasks.generated import GeneratedTask, OneByOne
+from flexbench.tasks.generated import OneByOne
 from flexbench.tasks.store import Store
+from flexbench.tasks.synthetic.lengths import MixedLengths
 
 
 def ladder(top: int) -> list[int]:
@@ -22,7 +23,7 @@ def ladder(top: int) -> list[int]:
 
 
 @registry.register("induction-heads")
-class InductionHeads(GeneratedTask):
+class InductionHeads(MixedLengths):
     """What followed the special token? It stands somewhere in random tokens, and again at the end.
 
     Ids below `vocabulary` are ordinary, `vocabulary` is the special token. The label stands at the
@@ -44,9 +45,9 @@ class InductionHeads(GeneratedTask):
         ),
         "small": Preset(
             l0=16,
-            options={"ladder": ladder(16)},
+            options={"shortest": 16, "ladder": ladder(16)},
             training=TrainingConfig(
-                steps=40_000, batch_size=16, learning_rates=(1e-3, 2e-3, 4e-3), evaluations=20
+                steps=3000, batch_size=64, learning_rates=(4e-3,), evaluations=10
             ),
         ),
         "paper": Preset(
@@ -85,7 +86,7 @@ class InductionHeads(GeneratedTask):
     def load(self, store: Store) -> TaskData:
         further = {}
         for length in self.ladder:
-            task = self.override({"length": length, "ladder": ()})
+            task = self.override({"length": length, "ladder": (), "shortest": None})
             split = OneByOne(task, stream=length, examples=self.ladder_examples)
             further[str(length)] = FurtherTest(split, length)
         return replace(super().load(store), further=further)
