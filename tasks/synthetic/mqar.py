@@ -33,7 +33,7 @@ class MQAR(GeneratedTask):
         "small": Preset(
             l0=4,
             training=TrainingConfig(
-                steps=3000, batch_size=256, learning_rates=(4e-3,), evaluations=10
+                steps=6000, batch_size=256, learning_rates=(4e-3,), evaluations=10
             ),
         ),
         "paper": Preset(
