@@ -816,7 +816,11 @@ def test_an_ablation_says_what_was_not_run(tmp_path: Path) -> None:
     page = (tmp_path / "tables" / "ablation-l0-quick.md").read_text()
     assert "How small must the smallest block be?" in page
     assert "skipped: too short: 4 blocks a sequence, 8 are wanted" in page
-    assert "skipped: too short" in written.ablations["l0", "quick"]
+    lines = written.ablations["l0", "quick"].splitlines()
+    (skipped,) = [line for line in lines if "l0=512" in line]
+    assert "skipped: too short" in skipped
+    (smaller,) = [line for line in lines if "l0=16" in line]
+    assert {"−10.0", "51.0", "(baseline)"} & set(smaller.split()) == {"−10.0"}
     table = pd.read_csv(tmp_path / "tables" / "ablation-l0-quick.csv").set_index("variant")
     assert table.loc["l0=16", "difference"] == pytest.approx(-10.0)
     assert table.loc["l0=256", "accuracy"] == pytest.approx(70.5)

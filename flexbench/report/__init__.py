@@ -48,9 +48,9 @@ def write(results: Path) -> Report:
     from flexbench.report.plots import write_plots
 
     suites, skipped = collect(results)
-    if not suites:
-        raise UserError(f"no records in {results}; `flexbench run` makes some")
     swept = ablations(results, suites, skipped)
+    if not suites and not swept:
+        raise UserError(f"no records in {results}; `flexbench run` makes some")
     looks = views.Looks([row for suite in suites for row in suite.rows])
     files: list[Path] = []
     shown_suites, shown_ablations = [], []

@@ -29,7 +29,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        return self.declared.variant or "baseline"
+        return self.declared.variant or "(baseline)"
 
 
 @dataclass(frozen=True)

@@ -343,6 +343,8 @@ def _table(identity: str, caption: str, lines: Sequence[Line]) -> str:
 def _class(title: str) -> str:
     if title == "published":
         return ' class="published"'
+    if title == "task":
+        return ' class="text task"'
     return ' class="text"' if title in (*TEXTS, "variant") else ""
 
 

@@ -86,6 +86,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
+PAIRED = ("difference", "95 % t interval", "p (Holm)", "verdict")
+"""What the terminal's table of an ablation shows of a comparison."""
+
 COMPARED = (
     "difference",
     "t_low",
@@ -490,19 +493,22 @@ def ablation_markdown(ablation: AblationResults) -> str:
 
 
 def ablation_terminal(ablation: AblationResults) -> str:
-    """The essence of `ablation_markdown`, for 120 columns."""
-    kept = ("task", "variant", "accuracy", "± 95 %", "seeds", "tokens/s", "computed", "outcome")
-    cells = [{title: row.get(title, DASH) for title in kept} for row in _point_cells(ablation)]
-    lines = [
-        f"ablation {ablation.name}, {ablation.preset} preset: test accuracy in percent",
-        ablation.record.question,
-        "",
-        *_tabulate(cells, "simple", left=("task", "variant", "outcome")).splitlines(),
-    ]
-    if ablation.pairs:
-        table = _tabulate(_ablation_pairs(ablation), "simple", left=("task", "variant"))
-        lines += ["", pairs_note([*ablation.pairs.values()]), "", *table.splitlines()]
-    return "\n".join(part for line in lines for part in _wrap(line))
+    """The essence of `ablation_markdown`: every point beside its difference from the baseline."""
+    kept = ("task", "variant", "accuracy", "± 95 %", "seeds", *PAIRED, "computed", "tokens/s")
+    lines = []
+    for point, shown in zip(ablation.points, _point_cells(ablation), strict=True):
+        pair = ablation.pairs.get(point.row.cell) if point.row else None
+        cells = {**shown, **(pair_cells(pair) if pair else {}), "task": point.declared.task}
+        if not point.row or not point.row.accuracies:
+            cells["accuracy"] = shown["outcome"]
+        lines.append({title: cells.get(title, "") for title in kept})
+    return "\n\n".join(
+        [
+            f"{ablation.name}, {ablation.preset} preset: {ablation.record.question}",
+            _tabulate(lines, "simple", left=("task", "variant", "accuracy")),
+            "\n".join(_wrap(pairs_note([*ablation.pairs.values()]))) if ablation.pairs else "",
+        ]
+    ).rstrip()
 
 
 def _point_cells(ablation: AblationResults) -> list[dict[str, str]]:
