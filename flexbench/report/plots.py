@@ -159,7 +159,7 @@ def dots(what: Measure, axis: Axes, panel: Panel) -> list[Any]:
     axis.xaxis.set_major_locator(MaxNLocator(5))
     if what.scale == 1:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-    return _bars(axis.axvline, panel) if what is MEASURES["accuracy"] else []
+    return _bars(axis, panel, across=True) if what is MEASURES["accuracy"] else []
 
 
 def curve(what: Measure, x: str, log: bool, axis: Axes, panel: Panel) -> list[Any]:
@@ -196,7 +196,7 @@ def curve(what: Measure, x: str, log: bool, axis: Axes, panel: Panel) -> list[An
         if knots:
             axis.plot(*zip(*sorted(knots), strict=True), **look | {"marker": ""}, linewidth=1.4)
         handles.append(_handle(series or "the factor alone", look))
-    return handles + (_bars(axis.axhline, panel) if what is MEASURES["accuracy"] else [])
+    return handles + (_bars(axis, panel) if what is MEASURES["accuracy"] else [])
 
 
 def frontier(cost: Measure, axis: Axes, panel: Panel, *, cheap: bool) -> list[Any]:
@@ -225,7 +225,7 @@ def frontier(cost: Measure, axis: Axes, panel: Panel, *, cheap: bool) -> list[An
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axis.set(xlabel=cost.label, ylabel="test accuracy (%)")
-    return _entries(panel, lines=False) + _bars(axis.axhline, panel)
+    return _entries(panel, lines=False) + _bars(axis, panel)
 
 
 def effect(axis: Axes, panel: Panel) -> list[Any]:
@@ -252,6 +252,8 @@ def effect(axis: Axes, panel: Panel) -> list[Any]:
     axis.axvline(0, color="#444444", linewidth=1.0, zorder=1)
     _rows(axis, panel)
     axis.margins(x=0.08)
+    low, high = axis.get_xlim()
+    axis.set_xlim(max(low, -104), min(high, 104))
     (baseline,) = {e.pair.baseline.config.model for e in panel.entries if e.pair} or {""}
     axis.set_xlabel(f"accuracy minus {baseline}'s (points)")
     filled: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "#444444"}
@@ -286,7 +288,7 @@ def history(key: str, label: str, axis: Axes, panel: Panel) -> list[Any]:
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _tick(step)))
     axis.set(xlabel="training step", ylabel=label)
-    bars = _bars(axis.axhline, panel) if key == "validation_accuracy" else []
+    bars = _bars(axis, panel) if key == "validation_accuracy" else []
     return _entries(panel, lines=True) + bars
 
 
@@ -305,7 +307,7 @@ def lengths(axis: Axes, panel: Panel) -> list[Any]:
     axis.set_xticks(sorted(ticks)[::every], [f"{n:,}" for n in sorted(ticks)[::every]])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel="length of test sequences (steps)", ylabel="test accuracy (%)")
-    return _entries(panel, lines=True) + _bars(axis.axhline, panel)
+    return _entries(panel, lines=True) + _bars(axis, panel)
 
 
 def shares(parts: dict[str, tuple[str, Any]], axis: Axes, panel: Panel) -> list[Any]:
@@ -455,9 +457,14 @@ def _tick(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _bars(line: Callable[..., Any], panel: Panel) -> list[Any]:
-    """Draw what an accuracy is to be judged against; return the legend's handles."""
+def _bars(axis: Axes, panel: Panel, *, across: bool = False) -> list[Any]:
+    """Draw what an accuracy is to be judged against; return the legend's handles.
+
+    Accuracies run upright, or `across`. No accuracy is outside 0 to 100: an interval may be, and
+    is cut.
+    """
     row = panel.entries[0].row
+    line = axis.axvline if across else axis.axhline
     handles = []
     if row.best_trivial:
         line(100 * row.best_trivial[1], **TRIVIAL, zorder=1)
@@ -465,6 +472,8 @@ def _bars(line: Callable[..., Any], panel: Panel) -> list[Any]:
     if row.facts:
         line(100 * row.facts.chance, **CHANCE, zorder=1)
         handles.append(Line2D([], [], label="chance", **CHANCE))
+    low, high = axis.get_xlim() if across else axis.get_ylim()
+    (axis.set_xlim if across else axis.set_ylim)(max(low, -4), min(high, 104))
     return handles
 
 
@@ -495,7 +504,7 @@ def figure(
         deepest = max(label.count("\n") for label in labels)
         height = 0.8 + (0.28 + 0.14 * deepest) * max(len(panel.entries) for panel in panels)
         if deepest:
-            width, columns = 1.5 * WIDTH, COLUMNS - 1
+            width, columns = (1.2 if among else 1.5) * WIDTH, COLUMNS - 1
     columns = min(columns, len(panels))
     lines = math.ceil(len(panels) / columns)
     made = Figure((width * columns, height * lines), dpi=DPI, layout="constrained")

@@ -235,7 +235,9 @@ def pair_cells(pair: Pair) -> dict[str, str]:
         "difference": points(found.difference),
         "95 % t interval": span(found.interval),
         "seeds": str(found.n),
-        "p (Holm)": DASH if pair.adjusted_p is None else f"{pair.adjusted_p:.3f}",
+        "p (Holm)": DASH
+        if pair.adjusted_p is None
+        else f"{pair.adjusted_p:.3f}".replace("0.000", "< 0.001"),
         "verdict": pair.verdict,
         "paired bootstrap": span(found.bootstrap),
     }
@@ -499,13 +501,12 @@ def ablation_terminal(ablation: AblationResults) -> str:
     for point, shown in zip(ablation.points, _point_cells(ablation), strict=True):
         pair = ablation.pairs.get(point.row.cell) if point.row else None
         cells = {**shown, **(pair_cells(pair) if pair else {}), "task": point.declared.task}
-        if not point.row or not point.row.accuracies:
-            cells["accuracy"] = shown["outcome"]
-        lines.append({title: cells.get(title, "") for title in kept})
+        outcome = "" if shown["outcome"] == "finished" else shown["outcome"]
+        lines.append({title: cells.get(title, "") for title in kept} | {"": outcome})
     return "\n\n".join(
         [
             f"{ablation.name}, {ablation.preset} preset: {ablation.record.question}",
-            _tabulate(lines, "simple", left=("task", "variant", "accuracy")),
+            _tabulate(lines, "simple", left=("task", "variant", "")),
             "\n".join(_wrap(pairs_note([*ablation.pairs.values()]))) if ablation.pairs else "",
         ]
     ).rstrip()
