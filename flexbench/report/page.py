@@ -297,7 +297,7 @@ def _comparisons(stem: str, pairs: Sequence[Pair], ablation: AblationResults | N
         cells = {title: Cell(text, _value(values.get(title))) for title, text in shown.items()}
         name = ablation.variants[pair.row.cell].name if ablation else pair.row.config.model
         order = {
-            "model": Cell(name),
+            "variant" if ablation else "model": Cell(name),
             "task": cells.pop("task"),
             **{k: v for k, v in cells.items() if k != "model"},
         }
