@@ -191,7 +191,6 @@ def ablate(
     goes on where it stopped.
     """
     from flexbench import harness, report
-    from flexbench.comparison import table
     from flexbench.progress import ProgressBars
 
     store = _store(data_dir, offline)
@@ -202,9 +201,9 @@ def ablate(
         record, result = harness.run_ablation(
             planned, results=results, store=store, executor=executor, observe=observe
         )
-    _print(table(record, results))
-    if any(cell.records for cell in result.cells):
-        _say_written(report.write(results), results)
+    written = report.write(results)
+    _print(written.ablations[record.name, record.preset])
+    _say_written(written, results)
     return _verdict(result)
 
 
@@ -259,7 +258,7 @@ def report_command(results: Results = Path("results")) -> None:
     from flexbench import report
 
     written = report.write(results)
-    _print("\n\n".join(written.tables.values()))
+    _print("\n\n".join([*written.tables.values(), *written.ablations.values()]))
     _say_written(written, results)
 
 
@@ -445,7 +444,7 @@ def _verdict(result: SweepResult) -> int:
 def _say_written(written: Any, results: Path) -> None:
     for line in written.skipped:
         _complain(f"left out: {line}")
-    _print(f"\n{len(written.files)} tables and plots in {results}/tables and {results}/plots")
+    _print(f"\n{len(written.files)} tables and plots in {results}; all of it: {results}/index.html")
 
 
 def _print(text: str) -> None:

@@ -26,7 +26,7 @@ def tasks() -> str:
                 [
                     name,
                     suite,
-                    f"{task.metric}, chance {100 * task.chance:.3g} %",
+                    _score(task),
                     task.summary,
                     _published(task),
                     "; ".join(filter(None, [_source(task), task.license])),
@@ -47,6 +47,12 @@ def models() -> str:
 def ablations() -> str:
     """A line an ablation: its question."""
     return _table([[name, declared.read(name)[1].question] for name in declared.names()])
+
+
+def _score(task: type[Task]) -> str:
+    """The customary metric, and what a guess scores; chance is of accuracy whatever the metric."""
+    of = "chance" if task.metric == "accuracy" else "accuracy by chance"
+    return f"{task.metric}, {of} {100 * task.parse({}).chance_level():.3g} %"
 
 
 def _published(task: type[Task]) -> str:

@@ -17,9 +17,10 @@ Every JSON file is written to a temporary name, synced and renamed, so a reader 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -328,20 +329,37 @@ def _read(path: Path, kind: type[M]) -> M | None:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     try:
-        return kind.model_validate_json(text)
+        record = kind.model_validate_json(text)
+        json.loads(text, parse_float=_finite, parse_constant=_finite)
+        return record
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ValueError(f"{path} is not a {kind.__name__}: {where}: {first['msg']}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a {kind.__name__}: {error}") from None
 
 
-def scan(results: Path, kind: type[Any], skipped: list[str]) -> Iterator[Any]:
+def _finite(text: str) -> float:
+    """No record of ours has another number: no JSON has."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text)
+
+
+def scan(
+    results: Path,
+    kind: type[Any],
+    skipped: list[str],
+    fault: Callable[[Any], str] = lambda record: "",
+) -> Iterator[Any]:
     """All records of one kind (Record, Selection, …) in path order.
 
-    What cannot be read is named in `skipped` and passed over.
+    What cannot be read is named in `skipped` and passed over, and so is a record in which `fault`
+    finds something wrong.
     """
     places: dict[Any, tuple[str, str]] = {
         Record: ("runs", "**/record.json"),
@@ -360,5 +378,9 @@ def scan(results: Path, kind: type[Any], skipped: list[str]) -> Iterator[Any]:
         except ValueError as error:
             skipped.append(str(error))
             continue
-        if record is not None:
+        if record is None:
+            continue
+        if wrong := fault(record):
+            skipped.append(f"{path}: {wrong}")
+        else:
             yield record

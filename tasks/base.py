@@ -61,7 +61,8 @@ class Task(StrictModel, ABC):
         summary: one line for `flexbench ls tasks`.
         metric: the score that is customary for it, "accuracy", "mcc" or "f1". Selection and tables
             go by accuracy; another metric is on record beside it, and in the tables' notes.
-        chance: score of a uniform guess.
+        chance: accuracy of a uniform guess among the answers there are. Where options decide how
+            many, override `chance_level` instead.
         license: licence or owner of the data.
         requires_causal: True refuses models that see the future.
         published: figures by model name, percent, never mixed with ours; `published_source` cites.
@@ -101,6 +102,10 @@ class Task(StrictModel, ABC):
         Raises:
             DataUnavailable: `prepare` has not been run.
         """
+
+    def chance_level(self) -> float:
+        """Accuracy of a uniform guess at these options, in [0, 1]."""
+        return self.chance
 
     def symbols(self, store: Store) -> list[str] | None:
         """What token ids stand for, where that can be written; `load` must work."""

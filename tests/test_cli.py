@@ -97,7 +97,9 @@ def test_listings_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", "tasks"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (listops,) = [line for line in lines if line.split()[0] == "listops"]
-    assert "chance 10 %" in listops
+    assert "accuracy, chance 10 %" in listops
+    (nucleotides,) = [line for line in lines if line.split()[0] == "nt-h3"]
+    assert "mcc, accuracy by chance 50 %" in nucleotides
     assert "38.0 %" in listops
 
 

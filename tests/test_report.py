@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from html.parser import HTMLParser
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from flexbench import report
 from flexbench.config import Preset, StackConfig, TrainingConfig
 from flexbench.errors import UserError
 from flexbench.records import (
+    AblationPoint,
+    AblationRecord,
     Absence,
     Record,
     Selection,
@@ -23,6 +33,8 @@ from flexbench.records import (
     TrialConfig,
     write_json,
 )
+from flexbench.report import plots, views
+from flexbench.report.ablations import ablations
 from flexbench.report.pairs import pairs
 from flexbench.report.results import SuiteResults, collect
 from flexbench.report.tables import frame, markdown, megabytes, quantity, terminal
@@ -57,11 +69,25 @@ class LeftOut(Listing):
     omitted: ClassVar[dict[str, str]] = {"quick": "not learnt within its budget"}
 
 
-@pytest.fixture(autouse=True)
-def _toy_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _toy_suite() -> Iterator[None]:
     base.registry.names()
-    monkeypatch.setitem(base.registry._entries, "listing", Listing)
-    monkeypatch.setitem(base.registry._entries, "maze", LeftOut)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(base.registry._entries, "listing", Listing)
+        monkeypatch.setitem(base.registry._entries, "maze", LeftOut)
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn(_toy_suite: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on a bit of everything, to be looked at and not changed."""
+    results = tmp_path_factory.mktemp("drawn")
+    populate(results)
+    sweep(results)
+    trial(results, 0.5, model="my.own:Mixer")
+    trial(results, 0.5, suite="other", task="else", preset="small")
+    report.write(results)
+    return results
 
 
 def config(model: str = "mamba", seed: int = 0, **changes: Any) -> TrialConfig:
@@ -88,6 +114,7 @@ def trial(
     *,
     outcome: str = "finished",
     metrics: dict[str, float] | None = None,
+    diagnostics: Mapping[str, float] = MappingProxyType({"computed_token_ratio": 1.0}),
     **changes: Any,
 ) -> Record:
     """Write one trial as the harness would; `accuracy` None: no metrics."""
@@ -110,7 +137,13 @@ def trial(
         np.save(folder / "correct.npy", np.packbits(right), allow_pickle=False)
         steps = range(100, 801, 100)
         lines = [
-            json.dumps({"step": step, "validation_accuracy": accuracy * (1 - 2 ** (-step / 150))})
+            json.dumps(
+                {
+                    "step": step,
+                    "validation_accuracy": accuracy * (1 - 2 ** (-step / 150)),
+                    **diagnostics,
+                }
+            )
             for step in steps
         ]
         (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
@@ -129,7 +162,7 @@ def trial(
         }
         if metrics
         else {},
-        diagnostics={"computed_token_ratio": 1.0} if metrics else {},
+        diagnostics=diagnostics if metrics else {},
         data_source={"kind": "regenerated", "detail": "seed 0"},
         error=None if outcome == "finished" else "Traceback …\nRuntimeError: it broke",
     )
@@ -176,8 +209,47 @@ def only(results: Path) -> SuiteResults:
 
 
 def bytes_of(results: Path) -> dict[str, bytes]:
-    files = [*(results / "tables").iterdir(), *(results / "plots").iterdir()]
-    return {str(path.relative_to(results)): path.read_bytes() for path in files}
+    """Everything that is not a raw record."""
+    names = [*(results / "tables").iterdir(), *(results / "plots").iterdir()]
+    names += [results / "index.html", results / "derived.txt"]
+    return {str(path.relative_to(results)): path.read_bytes() for path in names}
+
+
+def sweep(
+    results: Path, *, x: str | None = "flexblock.l0", y: tuple[str, ...] = ("accuracy",)
+) -> None:
+    """An ablation of three sizes by two seeds, and a point that was skipped."""
+    points = []
+    for place, l0 in enumerate((16, 64, 256)):
+        changes: dict[str, Any] = {"model": "flexblock", "model_options": {"l0": l0}}
+        for seed in range(2):
+            record = trial(results, 0.5 + 0.1 * place + 0.01 * seed, seed=seed, **changes)
+        points.append(
+            AblationPoint(
+                task="toy/listing",
+                variant="" if l0 == 64 else f"l0={l0}",
+                factors={"flexblock.l0": l0},
+                cell=record.config.cell,
+            )
+        )
+    reason = "skipped: too short: 4 blocks a sequence, 8 are wanted"
+    points.append(
+        AblationPoint(
+            task="toy/listing", variant="l0=512", factors={"flexblock.l0": 512}, reason=reason
+        )
+    )
+    record = AblationRecord(
+        name="l0",
+        question="How small must the smallest block be?",
+        preset="quick",
+        model="flexblock",
+        x=x,
+        log_x=True,
+        y=list(y),
+        points=tuple(points),
+        declaration={},
+    )
+    write_json(record.path(results), record)
 
 
 def populate(results: Path) -> None:
@@ -397,6 +469,23 @@ def test_further_scores_are_noted(tmp_path: Path) -> None:
     assert "accuracy at 64 100.0, 1024 55.0" in shown(tmp_path)
 
 
+def test_a_solved_width_is_no_variant(tmp_path: Path) -> None:
+    """Two rows that differ in what was set are told apart by that, not by the width it led to."""
+    for threads, width in ((1, 51), (2, 63)):
+        trial(tmp_path, 0.5, threads=threads, model_options={"d_inner": width, "d_state": 16})
+    assert {row.variant for row in only(tmp_path).rows} == {("threads=1",), ("threads=2",)}
+
+
+def test_a_width_set_by_hand_is_told_from_the_solved_one(tmp_path: Path) -> None:
+    trial(tmp_path, 0.5, model_options={"d_inner": 51})
+    wide = trial(tmp_path, 0.6, model_options={"d_inner": 63})
+    facts = {**wide.model_facts, "matched": False}
+    unmatched = wide.model_copy(update={"model_facts": facts})
+    write_json(wide.config.directory(tmp_path) / "record.json", unmatched)
+    told = {row.config.model_options["d_inner"]: row.variant for row in only(tmp_path).rows}
+    assert told == {51: (), 63: ("model.d_inner=63",)}
+
+
 # -- what cannot be read ----------------------------------------------------------------------
 
 
@@ -412,6 +501,80 @@ def test_half_written_and_foreign_files_are_named_and_skipped(tmp_path: Path) ->
     _, skipped = collect(tmp_path)
     assert len(skipped) == 4
     assert frame(only(tmp_path)).to_csv() == before
+
+
+def keys(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """The paths to all that a plain JSON value holds."""
+    if isinstance(value, dict):
+        inner = [(key, each) for key, each in value.items()]
+    else:
+        inner = list(enumerate(value)) if isinstance(value, list) else []
+    return [path, *(deep for key, each in inner for deep in keys(each, (*path, key)))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_change_to_a_record_is_fatal(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder)
+        trial(results, 0.5)
+        record = trial(results, 0.6, model="bimamba")
+        path = record.config.directory(results) / "record.json"
+        plain = json.loads(path.read_text())
+        *above, last = data.draw(st.sampled_from(keys(plain)[1:]))
+        place = plain
+        for key in above:
+            place = place[key]
+        changed = st.sampled_from([None, -1, 1e999, math.nan, "", "../..", [], {}, True, "delete"])
+        if (value := data.draw(changed)) == "delete":
+            del place[last]
+        else:
+            place[last] = value
+        if data.draw(st.booleans()):  # as if it had been written like that, hash and all
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                plain["hash"] = TrialConfig.model_validate(plain["config"]).hash
+        path.write_text(json.dumps(plain))
+        suites, _ = collect(results)
+        for suite in suites:
+            text = markdown(suite, pairs(suite))
+            assert "nan" not in text
+            terminal(suite, pairs(suite))
+            frame(suite)
+
+
+@pytest.mark.parametrize(
+    "metrics", [{}, {"test_accuracy": math.nan}, {"test_accuracy": 7.0}, {"test_loss": math.inf}]
+)
+def test_a_record_that_contradicts_itself_is_named(
+    tmp_path: Path, metrics: dict[str, float]
+) -> None:
+    trial(tmp_path, 0.5)
+    record = trial(tmp_path, 0.6, model="bimamba")
+    plain = {**record.model_dump(mode="json"), "metrics": metrics and record.metrics}
+    plain["metrics"] = {**(plain["metrics"] or {}), **metrics}
+    path = record.config.directory(tmp_path) / "record.json"
+    path.write_text(json.dumps(plain))
+    written = report.write(tmp_path)
+    (line,) = written.skipped
+    assert str(path.parent) in line
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", ".hidden", ""])
+def test_no_name_in_a_record_leads_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    results = tmp_path / "results"
+    trial(results, 0.5)
+    sweep(results)
+    path = results / "ablations" / "l0" / "quick.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "name": name}))
+    foreign = trial(results, 0.5, preset="small")
+    strange = foreign.config.model_copy(update={"suite": name})
+    text = foreign.model_copy(update={"config": strange, "hash": strange.hash})
+    write_json(foreign.config.directory(results) / "record.json", text)
+    written = report.write(results)
+    assert len(written.skipped) == 2
+    assert [each.name for each in tmp_path.iterdir()] == ["results"]
+    derived = {each.relative_to(results).as_posix() for each in written.files}
+    assert derived == {name for name in bytes_of(results) if name != "derived.txt"}
 
 
 def test_a_record_copied_elsewhere_is_not_counted_twice(tmp_path: Path) -> None:
@@ -492,38 +655,66 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         report.write(tmp_path / name)
     first = bytes_of(tmp_path / "a")
     assert first == bytes_of(tmp_path / "b")
-    report.write(tmp_path / "a")
-    assert first == bytes_of(tmp_path / "a")
     assert sorted(first) == [
+        "derived.txt",
+        "index.html",
+        "plots/toy-quick-accuracy-flops.png",
+        "plots/toy-quick-accuracy-speed.png",
         "plots/toy-quick-accuracy.png",
+        "plots/toy-quick-computed.png",
+        "plots/toy-quick-effect.png",
         "plots/toy-quick-learning.png",
-        "plots/toy-quick-speed.png",
         "tables/toy-quick-vs-mamba.csv",
         "tables/toy-quick.csv",
         "tables/toy-quick.md",
     ]
 
 
-def test_plots_show_something(tmp_path: Path) -> None:
-    populate(tmp_path)
+def test_what_is_derived_can_be_deleted(tmp_path: Path) -> None:
+    trial(tmp_path, 0.5)
+    sweep(tmp_path)
     report.write(tmp_path)
-    for path in (tmp_path / "plots").iterdir():
+    first = bytes_of(tmp_path)
+    for name in first:
+        (tmp_path / name).unlink()
+    report.write(tmp_path)
+    assert bytes_of(tmp_path) == first
+
+
+def test_what_no_record_stands_behind_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    trial(tmp_path, 0.5)
+    sweep(tmp_path)
+    report.write(tmp_path)
+    (tmp_path / "tables" / "notes.md").write_text("my own")
+    (tmp_path / "plots" / "mine.png").write_text("my own")
+    (tmp_path / "keep.txt").write_text("my own")
+    with (tmp_path / "derived.txt").open("a") as manifest:
+        manifest.write("keep.txt\n../escape.txt\ntables/../keep.txt\nruns\n")
+    assert (tmp_path / "plots" / "ablation-l0-quick-effect.png").exists()
+    (tmp_path / "ablations" / "l0" / "quick.json").unlink()
+    report.write(tmp_path)
+    assert not list((tmp_path / "plots").glob("ablation-*"))
+    assert not list((tmp_path / "tables").glob("ablation-*"))
+    assert "ablation" not in (tmp_path / "derived.txt").read_text()
+    for name in ("tables/notes.md", "plots/mine.png", "keep.txt", "plots/toy-quick-accuracy.png"):
+        assert (tmp_path / name).exists()
+
+
+def test_plots_show_something(drawn: Path) -> None:
+    for path in (drawn / "plots").glob("toy-*"):
         image = imread(path)
-        assert image.shape[0] > 300
-        assert image.shape[1] > 600
-        colours = {tuple(pixel) for pixel in image.reshape(-1, image.shape[2])}
-        assert (0.0, float(np.float32(0x72 / 255)), float(np.float32(0xB2 / 255)), 1.0) in {
-            tuple(float(part) for part in colour) for colour in colours
-        }
+        assert image.shape[0] > 150
+        assert image.shape[1] > 500
+        blue = np.array([0x00, 0x72, 0xB2]) / 255  # bimamba's
+        assert np.abs(image[..., :3] - blue).max(-1).min() < 0.05
 
 
-def test_the_csv_reads_back(tmp_path: Path) -> None:
-    populate(tmp_path)
-    report.write(tmp_path)
-    table = pd.read_csv(tmp_path / "tables" / "toy-quick.csv")
+def test_the_csv_reads_back(drawn: Path) -> None:
+    table = pd.read_csv(drawn / "tables" / "toy-quick.csv")
     assert set(table["task"]) == {"listing", "pairing", "maze"}
     assert (table["accuracy"].dropna() > 1).all()  # percent
     assert table["seeds"].tolist().count(3) == 6
+    assert table["seeds"].tolist().count(2) == 3
 
 
 def test_the_terminal_table_fits(tmp_path: Path) -> None:
@@ -559,3 +750,205 @@ def test_quantities(count: float | None, text: str) -> None:
 
 def test_megabytes() -> None:
     assert megabytes(212_400_000) == "212 MB"
+
+
+def test_every_share_of_blocks_counts_all_seeds(tmp_path: Path) -> None:
+    """A level that only one of two seeds reached has half of that seed's share."""
+    for seed, shares in enumerate(
+        ({"level_0_share": 1.0}, {"level_0_share": 0.2, "level_1_share": 0.8})
+    ):
+        trial(tmp_path, 0.5, model="flexblock", seed=seed, diagnostics=shares)
+    suite = only(tmp_path)
+    view = views.of_suite(suite, [], views.Looks(suite.rows))
+    (levels,) = [plot for plot in plots.plots(view) if plot.name == "levels"]
+    figure, _ = plots.figure(levels, levels.panels(view))
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert widths == pytest.approx([60.0, 40.0])
+
+
+def test_variants_share_the_panel_of_their_task(tmp_path: Path) -> None:
+    trial(tmp_path, 0.5)
+    for length in (70, 80, 90):
+        trial(tmp_path, 0.3, model="bimamba", training=TrainingConfig(steps=length))
+    suite = only(tmp_path)
+    view = views.of_suite(suite, [], views.Looks(suite.rows))
+    (panel,) = view.panels
+    labels = [entry.label for entry in panel.entries]
+    assert labels[0] == "mamba"
+    assert sorted(labels[1:]) == [f"bimamba training.steps={steps}" for steps in (70, 80, 90)]
+    assert len({(entry.look["color"], entry.look["marker"]) for entry in panel.entries}) == 4
+
+
+def test_a_model_looks_the_same_everywhere(tmp_path: Path) -> None:
+    for task, models in {"listing": ("mamba", "hzip"), "pairing": ("hzip", "bimamba")}.items():
+        for model in models:
+            trial(tmp_path, 0.5, task=task, model=model)
+    suite = only(tmp_path)
+    view = views.of_suite(suite, [], views.Looks(suite.rows))
+    looks = {
+        (entry.row.config.model, entry.look["color"], entry.look["marker"])
+        for panel in view.panels
+        for entry in panel.entries
+    }
+    assert len(looks) == 3
+
+
+# -- ablations --------------------------------------------------------------------------------
+
+
+def test_an_ablation_compares_its_variants_with_its_own_baseline(tmp_path: Path) -> None:
+    trial(tmp_path, 0.9)
+    sweep(tmp_path)
+    suites, _ = collect(tmp_path)
+    (ablation,) = ablations(tmp_path, suites, [])
+    differences = {
+        ablation.variants[cell].name: pair.comparison.difference
+        for cell, pair in ablation.pairs.items()
+    }
+    assert differences == {"l0=16": pytest.approx(-0.1), "l0=256": pytest.approx(0.1)}
+    compared = {pair.row.config.model_options["l0"] for pair in pairs(suites[0])}
+    assert compared == {64}  # variants are not compared with mamba as well
+
+
+def test_an_ablation_says_what_was_not_run(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    written = report.write(tmp_path)
+    page = (tmp_path / "tables" / "ablation-l0-quick.md").read_text()
+    assert "How small must the smallest block be?" in page
+    assert "skipped: too short: 4 blocks a sequence, 8 are wanted" in page
+    lines = written.ablations["l0", "quick"].splitlines()
+    (skipped,) = [line for line in lines if "l0=512" in line]
+    assert "skipped: too short" in skipped
+    (smaller,) = [line for line in lines if "l0=16" in line]
+    assert {"−10.0", "51.0", "(baseline)"} & set(smaller.split()) == {"−10.0"}
+    table = pd.read_csv(tmp_path / "tables" / "ablation-l0-quick.csv").set_index("variant")
+    assert table.loc["l0=16", "difference"] == pytest.approx(-10.0)
+    assert table.loc["l0=256", "accuracy"] == pytest.approx(70.5)
+
+
+@pytest.mark.parametrize("x", [None, "flexblock.l0"])
+def test_every_measure_of_an_ablation_is_plotted(tmp_path: Path, x: str | None) -> None:
+    measures = ("accuracy", "tokens_per_second", "computed_token_ratio", "test_loss", "unheard-of")
+    sweep(tmp_path, x=x, y=measures)
+    report.write(tmp_path)
+    drawn = {path.stem for path in (tmp_path / "plots").glob("ablation-*.png")}
+    assert drawn >= {f"ablation-l0-quick-{name}" for name in ("accuracy", "computed_token_ratio")}
+    assert "ablation-l0-quick-unheard-of" not in drawn  # nobody knows it; no speed was measured
+
+
+def test_a_curve_has_the_points_in_order(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    suites, _ = collect(tmp_path)
+    (ablation,) = ablations(tmp_path, suites, [])
+    view = views.of_ablation(ablation, views.Looks(suites[0].rows))
+    curve = plots.plots(view)[0]
+    figure, _ = plots.figure(curve, curve.panels(view))
+    axis = figure.axes[0]
+    (line,) = [line for line in axis.lines if len(line.get_xdata()) == 3]
+    assert list(line.get_xdata()) == [16, 64, 256]
+    assert list(line.get_ydata()) == pytest.approx([50.5, 60.5, 70.5])
+    assert axis.get_xscale() == "log"
+
+
+# -- the page ---------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Collects what a page refers to, its identities and its tables' rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.identities: list[str] = []
+        self.rows: list[dict[str, str | None]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.links += [
+            value or "" for name, value in attrs if name in ("href", "src", "xlink:href")
+        ]
+        self.identities += [found["id"] or ""] if "id" in found else []
+        if tag == "tr" and "data-model" in found:
+            self.rows.append(found)
+        if tag not in ("meta", "br", "use", "path") and not (
+            self.get_starttag_text() or ""
+        ).endswith("/>"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+
+def read_page(results: Path) -> tuple[str, Reader]:
+    text = (results / "index.html").read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(text)
+    return text, reader
+
+
+def test_the_page_needs_nothing_else_and_every_link_leads_to_a_record(drawn: Path) -> None:
+    text, page = read_page(drawn)
+    records = [link for link in page.links if not link.startswith("#")]
+    assert len(records) > 18
+    for link in records:
+        assert ":" not in link
+        assert json.loads((drawn / link).read_text())
+    anchors = {link[1:] for link in page.links if link.startswith("#")}
+    assert anchors <= set(page.identities)
+    assert len(page.identities) == len(set(page.identities))
+    assert "url(http" not in text
+    assert "@import" not in text
+    assert page.open == []
+
+
+def test_the_page_shows_names_and_errors_as_text(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    trial(tmp_path, 0.5)
+    record = trial(tmp_path, model="bimamba", outcome="failed")
+    broken = record.model_copy(update={"error": f'RuntimeError: {evil} "quoted"'})
+    write_json(record.config.directory(tmp_path) / "record.json", broken)
+    report.write(tmp_path)
+    text, _ = read_page(tmp_path)
+    assert evil not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_the_page_filters_by_suite_preset_and_model(drawn: Path) -> None:
+    text, page = read_page(drawn)
+    assert {row["data-suite"] for row in page.rows} == {"toy", "other"}
+    assert {"mamba", "bimamba", "alternating"} <= {row["data-model"] for row in page.rows}
+    for option in ("toy", "other", "quick", "small", "bimamba"):
+        assert f"<option>{option}</option>" in text
+    assert 'data-model="bimamba"' in text[text.index("<svg") :]  # plots are dimmed by model too
+
+
+def test_published_figures_are_marked_on_the_page(tmp_path: Path) -> None:
+    trial(tmp_path, 0.5)
+    report.write(tmp_path)
+    text, _ = read_page(tmp_path)
+    ours, _, theirs = text.partition("Published figures</h3>")
+    assert "62.1" not in ours
+    assert "62.1" in theirs
+    assert '<td class="published">38.0</td>' in ours
+
+
+def test_a_suite_s_share_of_the_results_is_small(tmp_path: Path) -> None:
+    """A dozen of them, all at three seeds, are under 9 MiB."""
+    shares = {f"level_{level}_share": 1 / 6 for level in range(6)} | {"computed_token_ratio": 0.4}
+    for task in range(6):
+        for place, model in enumerate(views.FAMILIES):
+            speed(tmp_path, 9e4 / (place + 1), task=f"task-{task}", model=model)
+            for seed in range(3):
+                trial(
+                    tmp_path,
+                    0.3 + 0.1 * place + 0.02 * seed,
+                    task=f"task-{task}",
+                    model=model,
+                    seed=seed,
+                    metrics={f"test_accuracy@{64 << n}": 0.9 for n in range(0 if task else 9)},
+                    diagnostics=shares if model == "flexblock" else {},
+                )
+    report.write(tmp_path)
+    assert sum(map(len, bytes_of(tmp_path).values())) < 9 * 2**20 / 12

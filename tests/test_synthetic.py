@@ -291,6 +291,14 @@ def test_the_ladder_has_longer_tests_whatever_the_batch():
 
 
 @each_task
+def test_chance_follows_the_options(task):
+    _, labels = made(task, 4000)
+    answers = len(set(labels[labels != IGNORED].tolist()))
+    unused = isinstance(task, Memorization)  # a value more than there are keys
+    assert task.chance_level() == pytest.approx(1 / (answers + unused))
+
+
+@each_task
 def test_trivial_predictors_know_little(task):
     scores = task.override({"examples": 2000, "test": 400}).load(STORE)
     found = task.trivial_predictors(scores)

@@ -346,7 +346,7 @@ def _write_facts(
         task_options=trial.task_options,
         preset=trial.preset,
         metric=task.metric,
-        chance=task.chance,
+        chance=task.chance_level(),
         trivial={},
         data_source={},
         license=task.license,

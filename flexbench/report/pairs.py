@@ -1,7 +1,8 @@
-"""Every model against the baseline, on the seeds that both ran."""
+"""Every model, or every change of an ablation, against its baseline on the seeds that both ran."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from flexbench.report.statistics import (
 
 @dataclass(frozen=True)
 class Pair:
-    """A model minus the baseline; `adjusted_p` is Holm's over all pairs of the suite and preset."""
+    """A row minus its baseline; `adjusted_p` is Holm's over all pairs of the table."""
 
     row: Row
     baseline: Row
@@ -32,10 +33,18 @@ class Pair:
 
 
 def pairs(suite: SuiteResults) -> list[Pair]:
-    """The comparisons of a suite at one preset, in the order of its rows."""
+    """The comparisons of a suite at one preset, in the order of its rows.
+
+    Variants that an ablation compares with a baseline of its own are left to it.
+    """
+    rows = [row for row in suite.rows if row.cell not in suite.ablated]
+    return against((row, suite.baseline_of(row)) for row in rows)
+
+
+def against(matches: Iterable[tuple[Row, Row | None]]) -> list[Pair]:
+    """Each row against its baseline, where there is one and they share a finished seed."""
     found = []
-    for row in suite.rows:
-        baseline = suite.baseline_of(row)
+    for row, baseline in matches:
         shared = sorted(row.accuracies.keys() & baseline.accuracies.keys()) if baseline else []
         if baseline and shared:
             comparison = compare(
@@ -49,6 +58,9 @@ def pairs(suite: SuiteResults) -> list[Pair]:
 
 
 def _bootstrap(row: Row, baseline: Row, seeds: list[int]) -> Interval | None:
+    """None where the answers were not kept or are not of the same test set."""
+    if row.config.task_options != baseline.config.task_options:
+        return None
     ours = [row.correct.get(seed) for seed in seeds]
     theirs = [baseline.correct.get(seed) for seed in seeds]
     known = [array for array in ours + theirs if array is not None]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from flexbench.harness.sweep import BASELINE
 from flexbench.harness.trial import completed
 from flexbench.models.base import registry as models
 from flexbench.records import (
+    AblationRecord,
     Absence,
     Record,
     Selection,
@@ -36,6 +39,11 @@ from flexbench.tasks.base import suites
 NOT_RUN = "not run"
 """The reason of a task that nobody asked for yet."""
 
+WIDTH = "model.d_inner"
+"""The setting that the harness solves to match parameters."""
+
+PLAIN = re.compile(r"\w[\w.-]*")
+
 T = TypeVar("T", bound=type[Any])
 
 
@@ -49,8 +57,9 @@ class Row:
         trials: one record a seed, by seed.
         other_rates: records at learning rates that were not selected.
         older: the task or the model has a newer version by now.
-        correct: for a finished seed, whether each test example was answered correctly.
-        curves: for a seed, (step, validation accuracy in [0, 1]).
+        correct: for a finished seed, whether each asked position of the test set was answered
+            correctly.
+        histories: for a seed, the lines of its `history.jsonl`.
     """
 
     config: TrialConfig
@@ -61,7 +70,35 @@ class Row:
     facts: TaskRecord | None = None
     speed: SpeedRecord | None = None
     correct: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
-    curves: Mapping[int, list[tuple[int, float]]] = field(default_factory=dict)
+    selection: Selection | None = None
+    histories: Mapping[int, list[dict[str, float]]] = field(default_factory=dict)
+
+    @property
+    def cell(self) -> str:
+        return self.config.cell
+
+    @cached_property
+    def cells(self) -> frozenset[str]:
+        """`cell`, and what it was when its trials were run: before options were added."""
+        return frozenset((self.cell, *(trial.config.cell for trial in self.trials)))
+
+    def curves(self, key: str) -> list[dict[int, float]]:
+        """For every seed that knows `key` throughout, its value by step."""
+        found = (
+            {int(line["step"]): line[key] for line in lines if key in line}
+            for lines in self.histories.values()
+        )
+        return [curve for curve in found if curve]
+
+    def over_seeds(self, name: str) -> Summary | None:
+        """Summary of a metric, a diagnostic or a model fact over the finished seeds."""
+        finished = [trial for trial in self.trials if trial.outcome == "finished"]
+        found = (
+            {**trial.model_facts, **trial.diagnostics, **(trial.metrics or {})}.get(name)
+            for trial in finished
+        )
+        values = [float(value) for value in found if value is not None]
+        return summarise(values) if values else None
 
     @cached_property
     def accuracies(self) -> dict[int, float]:
@@ -131,29 +168,24 @@ class Row:
             for trial in self.other_rates
             if trial.outcome != "finished"
         ]
-        at = [f"{name} {100 * score:.1f}" for name, score in self.further.items()]
+        at = [f"{name} {100 * score.mean:.1f}" for name, score in self.further.items()]
         if at:
             lines.append(f"accuracy at {', '.join(at)}")
         metric = self.facts.metric if self.facts else "accuracy"
-        if metric != "accuracy" and (score := self._mean(f"test_{metric}")) is not None:
-            lines.append(f"{metric} {100 * score:.1f}")
+        if metric != "accuracy" and (score := self.over_seeds(f"test_{metric}")):
+            lines.append(f"{metric} {100 * score.mean:.1f}")
         return lines
 
-    @property
-    def further(self) -> dict[str, float]:
-        """Mean test accuracy over the finished seeds on each further test set, by its name."""
+    @cached_property
+    def further(self) -> dict[str, Summary]:
+        """Test accuracy over the finished seeds on each further test set, by its name."""
         prefix = "test_accuracy@"
         names = {name for trial in self.trials for name in trial.metrics or () if prefix in name}
-        means = {
-            name: self._mean(name) for name in sorted(names, key=lambda name: (len(name), name))
+        found = {
+            name.removeprefix(prefix): self.over_seeds(name)
+            for name in sorted(names, key=lambda name: (len(name), name))
         }
-        return {name.removeprefix(prefix): mean for name, mean in means.items() if mean is not None}
-
-    def _mean(self, metric: str) -> float | None:
-        """Over the finished seeds; None where none knows it."""
-        found = (trial.metrics or {} for trial in self.trials)
-        known = [metrics[metric] for metrics in found if metric in metrics]
-        return sum(known) / len(known) if known else None
+        return {name: summary for name, summary in found.items() if summary}
 
     def fact(self, name: str) -> float | None:
         """A model fact, the same for every seed."""
@@ -181,6 +213,7 @@ class SuiteResults:
         older: rows of an older task or model version; never pooled or compared.
         absences: (task, model) without a trial on record, each with the reason; the model is ""
             where nothing of the task is on record.
+        ablated: cells of variants that an ablation compares with a baseline of its own.
     """
 
     suite: str
@@ -188,6 +221,7 @@ class SuiteResults:
     rows: tuple[Row, ...]
     older: tuple[Row, ...]
     absences: Mapping[tuple[str, str], str]
+    ablated: frozenset[str] = frozenset()
 
     @property
     def tasks(self) -> list[str]:
@@ -217,38 +251,49 @@ def collect(results: Path) -> tuple[list[SuiteResults], list[str]]:
     skipped: list[str] = []
     facts = {
         (record.suite, record.task, record.task_version, _canonical(record.task_options)): record
-        for record in scan(results, TaskRecord, skipped)
+        for record in scan(results, TaskRecord, skipped, _fault_of_facts)
     }
-    speeds = list(scan(results, SpeedRecord, skipped))
-    rates = {
-        completed(selection.config).cell: selection.learning_rate
-        for selection in scan(results, Selection, skipped)
-    }
+    speeds = list(scan(results, SpeedRecord, skipped, _fault_of_speed))
+    selections = {completed(each.config).cell: each for each in scan(results, Selection, skipped)}
+    known: set[str] = set()
+
+    def fault(record: Record) -> str:
+        trial = completed(record.config).hash
+        wrong = "there is another record of its trial" if trial in known else _fault(record)
+        known.update([] if wrong else [trial])
+        return wrong
+
     cells: dict[str, list[Record]] = defaultdict(list)
-    for record in scan(results, Record, skipped):
-        if record.hash == record.config.hash:
-            cells[completed(record.config).cell].append(record)
-        else:
-            where = record.config.directory(results)
-            skipped.append(f"{where}: the record's hash is not that of its config")
+    for record in scan(results, Record, skipped, fault):
+        cells[completed(record.config).cell].append(record)
 
     rows: dict[tuple[str, str], list[Row]] = defaultdict(list)
     absences: dict[tuple[str, str], dict[tuple[str, str], str]] = defaultdict(dict)
     for cell, records in cells.items():
-        row = _row(records, rates.get(cell), results, facts, speeds, skipped)
+        row = _row(records, selections.get(cell), results, facts, speeds, skipped)
         rows[row.config.suite, row.config.preset].append(row)
-    for absence in scan(results, Absence, skipped):
+    for absence in scan(results, Absence, skipped, lambda each: unnamed(each.suite, each.preset)):
         detail = absence.reason.removeprefix(f"no data for '{absence.task}'").removeprefix("; ")
         reason = absence.status + (detail if detail.startswith(" (") else f": {detail}")
         absences[absence.suite, absence.preset][absence.task, absence.model] = reason
+    ablated = {
+        point.cell
+        for record in scan(results, AblationRecord, [])  # `report.ablations` names the unreadable
+        for point in record.points
+        if point.cell and point.variant
+    }
     found = sorted(rows.keys() | absences.keys(), key=lambda pair: (pair[0], _rank(pair[1])))
-    return [_suite(*pair, rows[pair], absences[pair]) for pair in found], skipped
+    return [_suite(*pair, rows[pair], absences[pair], ablated) for pair in found], skipped
 
 
 def _suite(
-    suite: str, preset: str, rows: list[Row], absences: Mapping[tuple[str, str], str]
+    suite: str,
+    preset: str,
+    rows: list[Row],
+    absences: Mapping[tuple[str, str], str],
+    ablated: Set[str],
 ) -> SuiteResults:
-    rows = _tell_apart(sorted(rows, key=_order))
+    rows = sorted(_tell_apart(rows), key=_order)
     current = tuple(row for row in rows if not row.older)
     present = {(row.config.task, row.config.model) for row in current}
     missing = {pair: reason for pair, reason in sorted(absences.items()) if pair not in present}
@@ -257,20 +302,24 @@ def _suite(
         if name not in named:
             reason = tasks.get(name).omitted.get(preset)
             missing[name, ""] = f"left out of {preset}: {reason}" if reason else NOT_RUN
-    return SuiteResults(suite, preset, current, tuple(row for row in rows if row.older), missing)
+    older = tuple(row for row in rows if row.older)
+    apart = frozenset(row.cell for row in current if row.variant and row.cells & ablated)
+    return SuiteResults(suite, preset, current, older, missing, apart)
 
 
 def _row(
     records: list[Record],
-    rate: float | None,
+    selection: Selection | None,
     results: Path,
     facts: Mapping[tuple[str, str, int, str], TaskRecord],
     speeds: Iterable[SpeedRecord],
     skipped: list[str],
 ) -> Row:
     records = sorted(records, key=lambda each: (each.config.seed, each.config.learning_rate))
-    if not any(record.config.learning_rate == rate for record in records):
-        rate = _best_rate(records)
+    if selection and any(each.config.learning_rate == selection.learning_rate for each in records):
+        rate = selection.learning_rate
+    else:
+        selection, rate = None, _best_rate(records)
     chosen = tuple(record for record in records if record.config.learning_rate == rate)
     config = completed(chosen[0].config)
     folders = {record.config.seed: record.config.directory(results) for record in chosen}
@@ -295,8 +344,38 @@ def _row(
         facts=next((facts[key] for key in keys if key in facts), None),
         speed=_speed(speeds, chosen[0]),
         correct={seed: array for seed, array in answers.items() if array is not None},
-        curves={seed: _read_curve(folder / "history.jsonl") for seed, folder in folders.items()},
+        selection=selection,
+        histories={
+            seed: _read_history(folder / "history.jsonl") for seed, folder in folders.items()
+        },
     )
+
+
+def _fault(record: Record) -> str:
+    """Why a well-formed record cannot be one of ours, or ""."""
+    config, metrics = record.config, record.metrics or {}
+    if record.hash != config.hash:
+        return "the record's hash is not that of its config"
+    if wrong := unnamed(config.suite, config.preset):
+        return wrong
+    shares = (metrics.get(name, -1.0) for name in ("test_accuracy", "validation_accuracy"))
+    if record.outcome == "finished" and not all(0 <= share <= 1 for share in shares):
+        return "finished, but without accuracies in [0, 1]"
+    return ""
+
+
+def _fault_of_facts(facts: TaskRecord) -> str:
+    sound = all(0 <= share <= 1 for share in (facts.chance, *facts.trivial.values()))
+    return "" if sound else "an accuracy outside [0, 1]"
+
+
+def _fault_of_speed(speed: SpeedRecord) -> str:
+    return "" if speed.tokens_per_second > 0 else "a speed that is none"
+
+
+def unnamed(*names: str) -> str:
+    """What is wrong with names that are to be part of a file's, or ""."""
+    return "" if all(map(PLAIN.fullmatch, names)) else "a name that no file can have"
 
 
 def _best_rate(records: list[Record]) -> float:
@@ -326,20 +405,22 @@ def _read_correct(
     return answers
 
 
-def _read_curve(path: Path) -> list[tuple[int, float]]:
-    """Validation accuracy by step; a line cut short by a crash ends the curve."""
+def _read_history(path: Path) -> list[dict[str, float]]:
+    """A trial's validations by step; a line cut short by a crash ends them."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []
-    curve: dict[int, float] = {}
+    history: dict[int, dict[str, float]] = {}
     for line in lines:
         try:
-            entry = json.loads(line)
-            curve[int(entry["step"])] = float(entry["validation_accuracy"])
-        except (ValueError, KeyError, TypeError):
+            entry = {str(key): float(value) for key, value in json.loads(line).items()}
+            if not all(map(math.isfinite, entry.values())):
+                break
+            history[int(entry["step"])] = entry
+        except (ValueError, KeyError, TypeError, AttributeError):
             break
-    return sorted(curve.items())
+    return [history[step] for step in sorted(history)]
 
 
 def _speed(speeds: Iterable[SpeedRecord], trial: Record) -> SpeedRecord | None:
@@ -398,7 +479,7 @@ def _overrides(config: TrialConfig) -> tuple[str, ...]:
         preset = Preset()
     if model:
         standard |= _flat("model", model.for_preset(preset))
-        standard.pop("model.d_inner", None)  # solved to match parameters
+        standard.pop(WIDTH, None)
     actual = _settings(config)
     return tuple(
         f"{key}={_plain(actual[key])}"
@@ -408,22 +489,37 @@ def _overrides(config: TrialConfig) -> tuple[str, ...]:
 
 
 def _tell_apart(rows: list[Row]) -> list[Row]:
-    """Add to the variants whatever else rows of one task, model and variant differ in."""
+    """Add to the variants whatever else rows of one task, model and variant differ in.
+
+    A width that was solved is not named unless nothing else tells two rows apart.
+    """
     alike: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         alike[row.config.task, row.config.model, row.variant, row.older].append(row)
-    told = []
-    for row in rows:
-        group = alike[row.config.task, row.config.model, row.variant, row.older]
-        settings = [_settings(each.config) for each in group]
-        own = _settings(row.config)
-        extra = tuple(
-            f"{key}={_plain(own[key])}"
-            for key in sorted(own)
-            if any(_canonical(own[key]) != _canonical(each.get(key)) for each in settings)
-        )
-        told.append(replace(row, variant=row.variant + extra))
-    return told
+    told: dict[str, Row] = {}
+    for group in alike.values():
+        settings = [_settings(row.config) for row in group]
+        differing = [
+            key
+            for key in sorted(set().union(*settings))
+            if len({_canonical(each.get(key)) for each in settings}) > 1
+        ]
+        extras = [
+            tuple(
+                f"{key}={_plain(own[key])}"
+                for key in differing
+                if key in own and not (key == WIDTH and row.fact("matched"))
+            )
+            for row, own in zip(group, settings, strict=True)
+        ]
+        if len(set(extras)) < len(group):
+            extras = [
+                tuple(f"{key}={_plain(own[key])}" for key in differing if key in own)
+                for own in settings
+            ]
+        for row, extra in zip(group, extras, strict=True):
+            told[row.cell] = replace(row, variant=row.variant + extra)
+    return [told[row.cell] for row in rows]
 
 
 def _conditions(config: TrialConfig) -> str:

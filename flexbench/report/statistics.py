@@ -42,8 +42,10 @@ def summarise(values: Sequence[float]) -> Summary:
     if n < 2:
         return Summary(mean, None, n, None)
     sd = float(ordered.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / n**0.5
-    return Summary(mean, sd, n, (mean - half, mean + half))
+    if not sd:
+        return Summary(mean, sd, n, (mean, mean))
+    low, high = stats.t.interval(LEVEL, n - 1, loc=mean, scale=stats.sem(ordered))
+    return Summary(mean, sd, n, (float(low), float(high)))
 
 
 def proportion_interval(correct: int, total: int) -> Interval:
@@ -87,12 +89,10 @@ def compare(
         raise ValueError("a paired comparison needs equally many values, at least one")
     summary = summarise([a - b for a, b in zip(model, baseline, strict=True)])
     p = None
-    if summary.sd is not None:
-        error = summary.sd / summary.n**0.5
-        if error > 0:
-            p = float(2 * stats.t.sf(abs(summary.mean) / error, summary.n - 1))
-        else:
-            p = 0.0 if summary.mean else 1.0
+    if summary.sd:
+        p = float(stats.ttest_rel(model, baseline).pvalue)
+    elif summary.sd is not None:  # the t statistic has no value where all differences are equal
+        p = 0.0 if summary.mean else 1.0
     return Comparison(summary.mean, summary.interval, p, summary.n, bootstrap)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from tabulate import tabulate
 
 from flexbench.harness.sweep import BASELINE
 from flexbench.records import write_atomic
+from flexbench.report.ablations import AblationResults
 from flexbench.report.pairs import Pair
 from flexbench.report.results import NOT_RUN, Row, SuiteResults, find
 from flexbench.report.statistics import Interval
@@ -84,6 +86,22 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
+PAIRED = ("difference", "95 % t interval", "p (Holm)", "verdict")
+"""What the terminal's table of an ablation shows of a comparison."""
+
+COMPARED = (
+    "difference",
+    "t_low",
+    "t_high",
+    "p",
+    "p_holm",
+    "verdict",
+    "bootstrap_low",
+    "bootstrap_high",
+)
+"""What a comparison adds to a line of an ablation's CSV."""
+
+
 def _unmatched(row: Row) -> bool:
     return row.fact("matched") is not None and not row.fact("matched")
 
@@ -103,12 +121,12 @@ def terminal(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
     if idle:
         body.append(f"{NOT_RUN}: {', '.join(idle)}")
     table = _aligned(body)
-    lines = [caption(suite), "", *table, "", *_legend("\n".join(table)), *_machines(suite.rows)]
+    lines = [caption(suite), "", *table, "", *_legend("\n".join(table)), *machines(suite.rows)]
     if pairs:
         lines += ["", f"Against {BASELINE} on the same seeds, in points. Paired bootstrap: over"]
         lines += ["seeds and test examples, with one seed over the examples alone."]
     for variant in dict.fromkeys(pair.row.variant for pair in pairs):
-        chosen = [_pair_cells(pair) for pair in pairs if pair.row.variant == variant]
+        chosen = [pair_cells(pair) for pair in pairs if pair.row.variant == variant]
         lines += ["", *([f"with {', '.join(variant)}"] if variant else [])]
         lines += _tabulate(chosen, "simple", left=("task", "model")).splitlines()
     if suite.older:
@@ -189,12 +207,27 @@ def _legend(table: str) -> list[str]:
     return [text for mark, text in meanings.items() if mark in table]
 
 
-def _machines(rows: Sequence[Row]) -> list[str]:
+def machines(rows: Sequence[Row]) -> list[str]:
     machines = sorted({row.speed.machine for row in rows if row.speed})
     return [f"training speed and memory measured alone on {machine}" for machine in machines]
 
 
-def _pair_cells(pair: Pair) -> dict[str, str]:
+def pairs_note(pairs: Sequence[Pair]) -> str:
+    """What the columns of a table of comparisons are."""
+    family = sum(pair.adjusted_p is not None for pair in pairs)
+    said = "One seed: no t interval and no p, so that nothing is decided."
+    if family:
+        said = (
+            f"The t interval and p are over seeds, p after Holm's correction for {family} "
+            "comparisons; a win or a loss needs an interval clear of zero and p < 0.05."
+        )
+    return (
+        f"Differences in points on shared seeds. {said} The paired bootstrap resamples seeds and "
+        "test examples, with one seed the examples alone."
+    )
+
+
+def pair_cells(pair: Pair) -> dict[str, str]:
     found = pair.comparison
     return {
         "task": pair.row.config.task,
@@ -202,7 +235,9 @@ def _pair_cells(pair: Pair) -> dict[str, str]:
         "difference": points(found.difference),
         "95 % t interval": span(found.interval),
         "seeds": str(found.n),
-        "p (Holm)": DASH if pair.adjusted_p is None else f"{pair.adjusted_p:.3f}",
+        "p (Holm)": DASH
+        if pair.adjusted_p is None
+        else f"{pair.adjusted_p:.3f}".replace("0.000", "< 0.001"),
         "verdict": pair.verdict,
         "paired bootstrap": span(found.bootstrap),
     }
@@ -230,20 +265,17 @@ def markdown(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
     if suite.rows or suite.absences:
         parts.append(_rows_markdown(suite))
     notes = [
-        f"- {row.config.task}, {_name(row)}: {note}" for row in suite.rows for note in row.notes
+        f"- {row.config.task}, {row_name(row)}: {note}" for row in suite.rows for note in row.notes
     ]
     if notes:
         parts.append("\n".join(notes))
-    parts += [f"{line[0].upper()}{line[1:]}." for line in _machines(suite.rows)]
+    parts += [f"{line[0].upper()}{line[1:]}." for line in machines(suite.rows)]
     if pairs:
         parts += [
             f"## Against {BASELINE}",
-            "Differences in points on shared seeds. The t interval and p are over seeds, p after "
-            f"Holm's correction for {sum(p.adjusted_p is not None for p in pairs)} comparisons; a "
-            "win or a loss needs an interval clear of zero and p < 0.05. The paired bootstrap "
-            "resamples seeds and test examples, with one seed the examples alone.",
+            pairs_note(pairs),
             _tabulate(
-                [{**_pair_cells(pair), "model": _name(pair.row)} for pair in pairs],
+                [{**pair_cells(pair), "model": row_name(pair.row)} for pair in pairs],
                 "pipe",
                 left=("task", "model"),
             ),
@@ -251,16 +283,16 @@ def markdown(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
     facts = _facts_markdown(suite)
     if facts:
         parts += ["## Tasks", facts]
-    published = _published_markdown(suite)
-    if published:
-        parts += ["## Published", published]
+    figures, words = published(suite)
+    if figures:
+        parts += ["## Published", words, _tabulate(figures, "pipe", left=("task",))]
     if suite.older:
         parts += [
             "## Older versions",
             "Records of an earlier version of the task or the model; not to be compared with the "
             "rows above.",
             _tabulate(
-                [_cells(row) for row in suite.older],
+                [row_cells(row) for row in suite.older],
                 "pipe",
                 left=("task", "model", "data", "outcome"),
             ),
@@ -268,15 +300,15 @@ def markdown(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _name(row: Row) -> str:
+def row_name(row: Row) -> str:
     return f"{row.config.model} ({', '.join(row.variant)})" if row.variant else row.config.model
 
 
-def _cells(row: Row) -> dict[str, str]:
+def row_cells(row: Row) -> dict[str, str]:
     summary = row.summary
     return {
         "task": row.config.task,
-        "model": _name(row),
+        "model": row_name(row),
         "accuracy": percent(summary.mean if summary else None),
         "± 95 %": percent(_half_width(row)),
         "sd": percent(summary.sd if summary else None),
@@ -296,7 +328,7 @@ def _cells(row: Row) -> dict[str, str]:
 def _rows_markdown(suite: SuiteResults) -> str:
     cells = []
     for task in suite.tasks:
-        cells += [_cells(row) for row in suite.of_task(task)]
+        cells += [row_cells(row) for row in suite.of_task(task)]
         cells += [
             {"task": task, "model": model or DASH, "outcome": why}
             for (name, model), why in suite.absences.items()
@@ -329,24 +361,23 @@ def _facts_markdown(suite: SuiteResults) -> str:
     return _tabulate(list(cells.values()), "pipe", left) if cells else ""
 
 
-def _published_markdown(suite: SuiteResults) -> str:
-    cells = []
+def published(suite: SuiteResults) -> tuple[list[dict[str, str]], str]:
+    """Figures of others for the tasks of a suite, a line a task, and whose they are."""
+    lines = []
     sources = []
     for name in suite.tasks:
         task = find(tasks, name)
         if task and task.published:
-            cells.append({"task": name, **{k: f"{v:.1f}" for k, v in task.published.items()}})
+            lines.append({"task": name, **{k: f"{v:.1f}" for k, v in task.published.items()}})
             sources.append(task.published_source)
-    if not cells:
-        return ""
     said = "; ".join(dict.fromkeys(source for source in sources if source))
     words = f"Figures of others, for the paper protocol ({said}); none of them was measured here."
-    return f"{words}\n\n{_tabulate(cells, 'pipe', left=('task',))}"
+    return lines, words
 
 
 def frame(suite: SuiteResults) -> pd.DataFrame:
     """One line a row or absence; accuracies in percent, sizes in bytes, older versions last."""
-    lines = [_numbers(row) for row in (*suite.rows, *suite.older)]
+    lines = [row_numbers(row) for row in (*suite.rows, *suite.older)]
     lines += [
         {
             "suite": suite.suite,
@@ -363,7 +394,7 @@ def frame(suite: SuiteResults) -> pd.DataFrame:
     return pd.DataFrame(lines, dtype=object)  # so that counts stay whole beside gaps
 
 
-def _numbers(row: Row) -> dict[str, Any]:
+def row_numbers(row: Row) -> dict[str, Any]:
     config, summary, trivial = row.config, row.summary, row.best_trivial
     low, high = (summary.interval if summary else None) or (None, None)
     return {
@@ -436,6 +467,100 @@ def _rounded(value: float | None) -> float | None:
 
 def _points(share: float | None) -> float | None:
     return None if share is None else round(100 * share, 4)
+
+
+def ablation_markdown(ablation: AblationResults) -> str:
+    """An ablation at one preset: its question, its rows, every variant against the baseline."""
+    record = ablation.record
+    parts = [
+        f"# ablation {ablation.name}, {ablation.preset}",
+        record.question,
+        f"Test accuracy in percent; the baseline is {record.model} as the ablation declares it.",
+        _tabulate(
+            _point_cells(ablation), "pipe", left=("task", "variant", "model", "data", "outcome")
+        ),
+        *(f"{line[0].upper()}{line[1:]}." for line in machines(ablation.rows)),
+    ]
+    notes = {
+        f"- {point.task}, {point.name}: {note}": None
+        for point in ablation.points
+        for note in (point.row.notes if point.row else ())
+    }
+    if notes:
+        parts.append("\n".join(notes))
+    if ablation.pairs:
+        parts += ["## Against the baseline", pairs_note([*ablation.pairs.values()])]
+        parts.append(_tabulate(_ablation_pairs(ablation), "pipe", left=("task", "variant")))
+    return "\n\n".join(parts) + "\n"
+
+
+def ablation_terminal(ablation: AblationResults) -> str:
+    """The essence of `ablation_markdown`: every point beside its difference from the baseline."""
+    kept = ("task", "variant", "accuracy", "± 95 %", "seeds", *PAIRED, "computed", "tokens/s")
+    lines = []
+    for point, shown in zip(ablation.points, _point_cells(ablation), strict=True):
+        pair = ablation.pairs.get(point.row.cell) if point.row else None
+        cells = {**shown, **(pair_cells(pair) if pair else {}), "task": point.declared.task}
+        outcome = "" if shown["outcome"] == "finished" else shown["outcome"]
+        lines.append({title: cells.get(title, "") for title in kept} | {"": outcome})
+    return "\n\n".join(
+        [
+            f"{ablation.name}, {ablation.preset} preset: {ablation.record.question}",
+            _tabulate(lines, "simple", left=("task", "variant", "")),
+            "\n".join(_wrap(pairs_note([*ablation.pairs.values()]))) if ablation.pairs else "",
+        ]
+    ).rstrip()
+
+
+def _point_cells(ablation: AblationResults) -> list[dict[str, str]]:
+    lines = []
+    for point in ablation.points:
+        cells = row_cells(point.row) if point.row else {"outcome": point.reason}
+        model = point.row.config.model if point.row else DASH
+        lines.append({"task": point.task, "variant": point.name, **cells, "model": model})
+    titles = list(dict.fromkeys(title for line in lines for title in line))
+    return [{title: line.get(title, DASH) for title in titles} for line in lines]
+
+
+def _ablation_pairs(ablation: AblationResults) -> list[dict[str, str]]:
+    lines = []
+    for cell, pair in ablation.pairs.items():
+        cells = pair_cells(pair)
+        del cells["model"]
+        lines.append({"task": cells.pop("task"), "variant": ablation.variants[cell].name, **cells})
+    return lines
+
+
+def ablation_frame(ablation: AblationResults) -> pd.DataFrame:
+    """One line a point, with its comparison to the baseline."""
+    compared = dict(
+        zip(ablation.pairs, pairs_frame([*ablation.pairs.values()]).to_dict("records"), strict=True)
+    )
+    lines = []
+    for point in ablation.points:
+        line: dict[str, Any] = {
+            "ablation": ablation.name,
+            "variant": point.declared.variant,
+            "factors": json.dumps(point.declared.factors, sort_keys=True),
+            "task": point.task,
+            "preset": ablation.preset,
+            "outcome": point.reason,
+        }
+        if point.row:
+            line = {**line, **row_numbers(point.row), "variant": point.declared.variant}
+            found = compared.get(point.row.cell, {})
+            line |= {key: found.get(key) for key in COMPARED}
+        lines.append(line)
+    return pd.DataFrame(lines, dtype=object)
+
+
+def write_ablation(ablation: AblationResults, folder: Path) -> list[Path]:
+    """Write `ablation-<name>-<preset>.{csv,md}`."""
+    stem = f"ablation-{ablation.name}-{ablation.preset}"
+    csv = ablation_frame(ablation).to_csv(index=False, lineterminator="\n")
+    for suffix, text in {"csv": csv, "md": ablation_markdown(ablation)}.items():
+        write_atomic(folder / f"{stem}.{suffix}", text.encode())
+    return [folder / f"{stem}.{suffix}" for suffix in ("csv", "md")]
 
 
 def write_tables(suite: SuiteResults, pairs: Sequence[Pair], folder: Path) -> list[Path]:

@@ -24,7 +24,6 @@ class _Copying(MixedLengths):
     """
 
     suite = "synthetic"
-    chance = 1 / 14
     presets: ClassVar[dict[str, Preset]] = {
         "quick": Preset(
             l0=4,
@@ -60,6 +59,9 @@ class _Copying(MixedLengths):
             vocab_size=self.alphabet,
             output="token",
         )
+
+    def chance_level(self) -> float:
+        return 1 / (self.alphabet - 2)
 
     @abstractmethod
     def places(self, rng: np.random.Generator, examples: int) -> np.ndarray:

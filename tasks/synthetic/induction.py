@@ -32,7 +32,6 @@ class InductionHeads(MixedLengths):
 
     suite = "synthetic"
     summary = "recall what followed a special token; tested at other lengths too"
-    chance = 1 / 16
     published: ClassVar[dict[str, float]] = {"mamba": 100.0}
     published_source = "arXiv 2312.00752, table 2: every length from 2^6 to 2^20"
     presets: ClassVar[dict[str, Preset]] = {
@@ -74,6 +73,9 @@ class InductionHeads(MixedLengths):
             vocab_size=self.vocabulary + 1,
             output="token",
         )
+
+    def chance_level(self) -> float:
+        return 1 / self.vocabulary
 
     def make(self, rng: np.random.Generator, examples: int) -> tuple[np.ndarray, np.ndarray]:
         tokens = rng.integers(0, self.vocabulary, (examples, self.length))

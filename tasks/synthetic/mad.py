@@ -75,6 +75,9 @@ class _MAD(GeneratedTask):
     def answers(self) -> range:
         """The ids that are asked for."""
 
+    def chance_level(self) -> float:
+        return 1 / len(self.answers)
+
     @property
     def spec(self) -> ProblemSpec:
         return ProblemSpec(
@@ -102,8 +105,6 @@ class _Recall(_MAD):
     The lower half of the ids are keys, the upper half values; then noise, then the blank that
     stands for every value asked for, then the pad. The label stands a step before its blank.
     """
-
-    chance = 1 / 8
 
     length: int = Field(128, ge=4 * WIDEST)
     vocabulary: int = Field(16, ge=8, description="keys and values")
@@ -239,7 +240,6 @@ class Memorization(_MAD):
     """
 
     summary = "MAD: a fixed table of keys and values, learnt by heart"
-    chance = 1 / 128
     presets: ClassVar[dict[str, Preset]] = presets(500, examples=256)
 
     length: PositiveInt = 32
@@ -275,7 +275,6 @@ class Compression(_MAD):
     """
 
     summary = "MAD: a whole random sequence from one state"
-    chance = 1 / 15
     presets: ClassVar[dict[str, Preset]] = presets(1000, length=16)
 
     length: int = Field(32, ge=2, description="random tokens and the mark")
@@ -306,7 +305,6 @@ class MADSelectiveCopying(_MAD):
     """Tokens with blanks between them, a mark, then blanks at which the tokens are read back."""
 
     summary = "MAD: read back 16 tokens scattered among blanks"
-    chance = 1 / 14
     presets: ClassVar[dict[str, Preset]] = presets(800, length=64, memorize=8)
 
     length: PositiveInt = 256

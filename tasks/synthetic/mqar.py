@@ -28,7 +28,6 @@ class MQAR(GeneratedTask):
 
     suite = "synthetic"
     summary = "values of many keys, shown once as pairs"
-    chance = 1 / 8192
     presets: ClassVar[dict[str, Preset]] = {
         "small": Preset(
             l0=4,
@@ -76,6 +75,9 @@ class MQAR(GeneratedTask):
             vocab_size=self.vocabulary,
             output="token",
         )
+
+    def chance_level(self) -> float:
+        return 1 / (self.vocabulary - self.vocabulary // 2)
 
     def make(self, rng: np.random.Generator, examples: int) -> tuple[np.ndarray, np.ndarray]:
         half, context = self.vocabulary // 2, 2 * self.pairs
