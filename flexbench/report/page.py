@@ -269,7 +269,7 @@ def _line(row: Row, *, older: bool = False) -> Line:
     cells["seeds"] = Cell(
         shown["seeds"],
         len(row.accuracies),
-        tuple((path, str(seed)) for seed, path in record.items()),
+        tuple((path, f"seed {seed}") for seed, path in record.items()),
     )
     detail = ", ".join(row.variant)
     order = ["model", "task", *(title for title in cells if title not in ("model", "task"))]
