@@ -1,0 +1,92 @@
+"""The Triton kernels against the float64 reference: on a GPU, or interpreted on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from test_kernels import F64, assert_close, bounds, outputs_and_gradients, poison  # noqa: F401
+from torch import Tensor
+
+from flexbench.kernels import causal_conv1d
+from flexbench.kernels.gpu import INTERPRETED
+
+pytest.importorskip("triton")
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+compiled_only = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled, for the GPU")
+DEVICES = [
+    pytest.param("cpu", marks=compiled_only),
+    pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu]),
+]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def conv_inputs(batch: int, length: int, dim: int, width: int, seed: int = 0) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"x": (batch, length, dim), "weight": (dim, width), "bias": (dim,)}
+    return {k: torch.randn(shape, dtype=F64, generator=draw) for k, shape in shapes.items()}
+
+
+def checked(op, inputs: dict[str, Tensor], device: str, tolerance: float = 2e-5, **options) -> None:
+    """Values and gradients are the reference's, and the same bits when computed again."""
+
+    def run(backend: str):
+        return lambda **x: op(**x, **options, backend=backend)
+
+    wanted = outputs_and_gradients(run("reference"), inputs, F64)
+    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    got = outputs_and_gradients(run("triton"), moved, torch.float32)
+    again = outputs_and_gradients(run("triton"), moved, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    assert_close([tensor.cpu() for tensor in got], wanted, tolerance)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles and chunks of what the interpreter can do in a second."""
+    if INTERPRETED:
+        conv = importlib.import_module("flexbench.kernels.conv.triton")
+        monkeypatch.setattr(conv, "CHUNK", 16)
+        monkeypatch.setattr(conv, "CHANNELS", 16)
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("batch", "length", "dim", "width"),
+    [(2, 37, 19, 4), (1, 1, 1, 2), (1, 9, 40, 3), (0, 4, 5, 4), (2, 0, 3, 4)],
+)
+def test_conv_batched(device, batch, length, dim, width):
+    inputs = conv_inputs(batch, length, dim, width)
+    checked(causal_conv1d, inputs, device, activation="silu")
+
+
+@on_each_device
+@pytest.mark.parametrize("lengths", [[5, 0, 1, 20, 2], [33], [1, 1, 1, 1], []])
+def test_conv_packed_and_in_reverse(device, lengths):
+    inputs = conv_inputs(1, sum(lengths), 5, 4)
+    del inputs["bias"]
+    checked(causal_conv1d, inputs, device, cu_seqlens=bounds(lengths), reverse=True)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", HALVES)
+def test_conv_of_half_precision_with_float32_weights(device, dtype):
+    """As under autocast; x is one of two halves of a product, a strided view."""
+    inputs = conv_inputs(2, 21, 12, 4)
+    inputs["x"] = inputs["x"].to(dtype).double()
+    wanted = causal_conv1d(**inputs, activation="silu")
+    both = torch.cat([inputs["x"], inputs["x"]], -1).to(device, dtype)
+    given = {k: v.to(device).float() for k, v in inputs.items()} | {"x": both[..., 12:]}
+    y = causal_conv1d(**given, activation="silu", backend="triton")
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.cpu(), wanted.to(dtype), rtol=1e-2, atol=1e-3)
+
+
+def test_refused_away_from_a_gpu():
+    inputs = conv_inputs(1, 4, 3, 4)
+    with pytest.raises(ValueError, match="'triton' cannot serve this call: it computes in float32"):
+        causal_conv1d(**inputs, backend="triton")
