@@ -6,10 +6,11 @@ import importlib
 
 import pytest
 import torch
+from test_fuse import fuse_inputs
 from test_kernels import F64, assert_close, bounds, outputs_and_gradients, poison  # noqa: F401
 from torch import Tensor
 
-from flexbench.kernels import causal_conv1d
+from flexbench.kernels import causal_conv1d, hzip_fuse
 from flexbench.kernels.gpu import INTERPRETED
 
 pytest.importorskip("triton")
@@ -52,6 +53,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         conv = importlib.import_module("flexbench.kernels.conv.triton")
         monkeypatch.setattr(conv, "CHUNK", 16)
         monkeypatch.setattr(conv, "CHANNELS", 16)
+        fuse = importlib.import_module("flexbench.kernels.fuse.triton")
+        monkeypatch.setattr(fuse, "CHUNK", 16)
+        monkeypatch.setattr(fuse, "CHANNELS", 16)
 
 
 @on_each_device
@@ -90,3 +94,62 @@ def test_refused_away_from_a_gpu():
     inputs = conv_inputs(1, 4, 3, 4)
     with pytest.raises(ValueError, match="'triton' cannot serve this call: it computes in float32"):
         causal_conv1d(**inputs, backend="triton")
+
+
+SMALL = {"rank": 3, "width": 3, "window": 1}
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("lengths", "dim", "sizes", "options"),
+    [
+        ([20, 0, 1, 2], 19, {}, {}),  # hzip-lean
+        ([7, 1, 30], 5, {"width": 5, "window": 2}, {"centred": True, "softmax": True}),
+        ([18], 19, {}, {"normalise": True, "centred": True}),
+    ],
+)
+def test_fuse_packed(device, lengths, dim, sizes, options):
+    absent = set() if options else {"diagonal", "hidden"}
+    sizes = SMALL | sizes
+    inputs = fuse_inputs(1, sum(lengths), dim, **sizes, absent=absent)
+    options |= {"window": sizes["window"], "cu_seqlens": bounds(lengths)}
+    checked(hzip_fuse, inputs, device, **options)
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("batch", "length", "dim", "window", "absent"),
+    [
+        (2, 19, 3, 0, {"z", "down", "diagonal"}),
+        (1, 5, 7, 1, {"up", "taps", "z", "bias"}),
+        (2, 3, 4, 0, {"up", "taps", "diagonal", "bias"}),
+        (0, 5, 4, 1, set()),
+    ],
+)
+def test_fuse_batched_with_inputs_left_out(device, batch, length, dim, window, absent):
+    inputs = fuse_inputs(batch, length, dim, window=window, absent=absent)
+    checked(hzip_fuse, inputs, device, window=window, normalise="up" in absent)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", HALVES)
+def test_fuse_of_half_precision_with_float32_weights(device, dtype):
+    timed = ("y_f", "y_b", "z", "hidden")
+    inputs = {
+        k: v.to(dtype).double() if k in timed else v for k, v in fuse_inputs(1, 17, 20).items()
+    }
+    wanted = hzip_fuse(**inputs, window=1)
+    given = {k: v.to(device, dtype if k in timed else torch.float32) for k, v in inputs.items()}
+    y = hzip_fuse(**given, window=1, backend="triton")
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.cpu(), wanted.to(dtype), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"rank": 40}, "at most 64 hidden units"), ({"window": 9}, "at most 8 steps")],
+)
+def test_fuse_refuses(change, message):
+    inputs = {k: v.float() for k, v in fuse_inputs(1, 4, 3, **change).items()}
+    with pytest.raises(ValueError, match=message if INTERPRETED else "not all on a GPU"):
+        hzip_fuse(**inputs, window=change.get("window", 1), backend="triton")
