@@ -10,11 +10,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal, is_eager
+from flexbench.kernels.conv import official
 from flexbench.kernels.conv.cpu import EagerConv, causal_conv1d_backward_op, causal_conv1d_op
 from flexbench.kernels.conv.reference import causal_conv1d_reference
 from flexbench.kernels.gpu import triton_refusal
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "causal_conv1d", "reference")
 
 
 def causal_conv1d(
@@ -66,12 +67,15 @@ def causal_conv1d(
     refusal = {
         "cpu": cpu_refusal(tensors),
         "triton": triton_refusal((*tensors, cu_seqlens)),
+        "causal_conv1d": official.refusal(x, weight, bias, cu_seqlens, reverse),
         "reference": None,
     }
     chosen = choose("causal_conv1d", backend, BACKENDS, refusal)
     run: Callable[..., Tensor]
     if chosen == "reference":
         run = causal_conv1d_reference
+    elif chosen == "causal_conv1d":
+        run = official.conv
     elif not is_eager(tensors):
         run = causal_conv1d_op
     else:
