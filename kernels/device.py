@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 
@@ -34,3 +37,18 @@ def load_rows(pointer, row, stride, column, there):
     """Rows of a (rows, columns) tile as float32, zero where they are not there."""
     at = pointer + row.to(tl.int64)[:, None] * stride + column[None, :]
     return tl.load(at, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _exponentials(out, ROUNDS: tl.constexpr, SIZE: tl.constexpr):
+    x = tl.arange(0, SIZE) * (1.0 / SIZE)
+    for _ in range(ROUNDS):
+        x = -tl.exp2(x)
+    tl.store(out + tl.program_id(0), tl.sum(x, 0))
+
+
+def only_exponentials(device: str) -> tuple[Callable[[], object], int]:
+    """A kernel that makes exponentials and nothing else, and how many it makes in one call."""
+    programs, rounds, size = 4096, 256, 4096
+    out = torch.empty(programs, device=device)
+    return lambda: _exponentials[(programs,)](out, rounds, size), programs * rounds * size

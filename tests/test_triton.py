@@ -10,8 +10,11 @@ from test_fuse import fuse_inputs
 from test_kernels import F64, assert_close, bounds, outputs_and_gradients, poison  # noqa: F401
 from torch import Tensor
 
+from flexbench.config import StackConfig
 from flexbench.kernels import causal_conv1d, hzip_fuse
 from flexbench.kernels.gpu import INTERPRETED
+from flexbench.models import resolve
+from flexbench.models.stack import Backbone
 
 pytest.importorskip("triton")
 
@@ -55,7 +58,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(conv, "CHANNELS", 16)
         fuse = importlib.import_module("flexbench.kernels.fuse.triton")
         monkeypatch.setattr(fuse, "CHUNK", 16)
-        monkeypatch.setattr(fuse, "CHANNELS", 16)
+        monkeypatch.setitem(fuse.TILE, "CHANNELS", 16)
+        monkeypatch.setitem(fuse.SUMMING, "STEPS", 16)
 
 
 @on_each_device
@@ -153,3 +157,36 @@ def test_fuse_refuses(change, message):
     inputs = {k: v.float() for k, v in fuse_inputs(1, 4, 3, **change).items()}
     with pytest.raises(ValueError, match=message if INTERPRETED else "not all on a GPU"):
         hzip_fuse(**inputs, window=change.get("window", 1), backend="triton")
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("lengths", [[700, 0, 1, 299], [1000]])
+def test_several_chunks_of_the_size_they_have(lengths):
+    total = sum(lengths)
+    options = {"cu_seqlens": bounds(lengths)}
+    checked(causal_conv1d, conv_inputs(1, total, 150, 4), "cuda", activation="silu", **options)
+    checked(hzip_fuse, fuse_inputs(1, total, 150, rank=8), "cuda", window=1, **options)
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("name", ["mamba", "bimamba", "hzip-lean", "flexblock"])
+def test_training_on_the_gpu_is_training_on_the_cpu(name):
+    options = {"target_ratio": 1.0} if name == "flexblock" else {}
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        stack = StackConfig(d_model=32, n_layers=2)
+        model = Backbone(stack, resolve(name).parse(options)).train()
+        x = torch.randn(2, 100, 32).to(device)
+        model = model.to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses[device] = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (model(x) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[device].append(loss.item())
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)

@@ -28,9 +28,15 @@ from flexbench.kernels.fuse.cpu import INPUTS, eager
 from flexbench.kernels.fuse.reference import EPSILON
 from flexbench.kernels.gpu import last_contiguous
 
-STEPS, CHANNELS, CHUNK = 16, 64, 256
-"""Steps and channels of a tile, and the steps whose parameter gradients one program sums."""
+TILE = {"STEPS": 16, "CHANNELS": 64}
 OPTIONS = {"num_warps": 8, "num_stages": 1}
+SUMMING = {"STEPS": 64, "CHANNELS": 16}
+"""Of the passes that sum over channels: with few columns in a product, rows must fill the warps."""
+SUMMING_OPTIONS = {"num_warps": 4, "num_stages": 1}
+CHUNK = 256
+"""Steps whose parameter gradients one program sums."""
+PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "tf32", torch.float16: "tf32"}
+"""Of products, by the type of the readings: none has fewer bits than these."""
 LETTERS = {"y_f": "f", "y_b": "b", "z": "z", "hidden": "h"}
 """Strides go by these letters: f_batch, f_step; o for the output's gradient."""
 SIZES = ("sequences", "length", "dim", "units")
@@ -671,10 +677,7 @@ def _plan(y_f: Tensor, taps: Tensor | None, up: Tensor | None, window: int) -> d
         "WIDTH": 0 if taps is None else taps.shape[2],
         "WINDOW": window,
         "UNITS": max(16, triton.next_power_of_2(units)),
-        # Products of bfloat16 readings keep three bits more than the readings have.
-        "PRECISION": "tf32x3" if y_f.dtype == torch.float32 else "tf32",
-        "STEPS": STEPS,
-        "CHANNELS": CHANNELS,
+        "PRECISION": PRECISION[y_f.dtype],
     }
 
 
@@ -705,14 +708,18 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.inputs["y_f"].device)
 
-    def launch(self, kernel: Any, steps: int, channels: bool, **options: Any) -> None:
-        """A program for each `steps` steps, and for each tile of `channels` if so."""
-        grid = (
-            self.batch * triton.cdiv(self.length, steps),
-            triton.cdiv(self.dim, CHANNELS) if channels else 1,
-        )
-        known = self.inputs | self.plan | options
+    def launch(self, kernel: Any, steps: int | None = None, **options: Any) -> None:
+        """A program for each tile; for each `steps` steps, where that is given."""
+        known = self.inputs | self.plan | TILE | options
+        blocks = triton.cdiv(self.length, steps or known["STEPS"])
+        grid = (self.batch * blocks, triton.cdiv(self.dim, known["CHANNELS"]))
         kernel[grid](**{name: known[name] for name in kernel.arg_names}, **OPTIONS)
+
+    def sum(self, kernel: Any, **options: Any) -> None:
+        """A program for each tile's steps, which walks over all channels."""
+        known = self.inputs | self.plan | SUMMING | options
+        grid = (self.batch * triton.cdiv(self.length, known["STEPS"]),)
+        kernel[grid](**{name: known[name] for name in kernel.arg_names}, **SUMMING_OPTIONS)
 
     def hidden(self, options: dict[str, Any], normalise: bool) -> None:
         """Runs `_hidden` where there is something to sum over channels."""
@@ -723,7 +730,7 @@ class _Call:
             kept["dots"] = self.empty(self.features, rows, self.units)
         self.inputs |= kept
         if self.units or kept["scale"] is not None:
-            self.launch(_hidden, STEPS, False, EPSILON=EPSILON, **options)
+            self.sum(_hidden, EPSILON=EPSILON, **options)
 
 
 def fuse_forward(*inputs: Any) -> Tensor:
@@ -733,7 +740,7 @@ def fuse_forward(*inputs: Any) -> Tensor:
     out = call.empty(*given[0].shape, dtype=given[0].dtype)
     if out.numel():
         call.hidden({"CENTRED": centred}, normalise)
-        call.launch(_fuse, STEPS, True, out=out, CENTRED=centred, SOFTMAX=softmax)
+        call.launch(_fuse, out=out, CENTRED=centred, SOFTMAX=softmax)
     return out
 
 
@@ -760,9 +767,9 @@ def fuse_backward(dout: Tensor, *inputs: Any) -> list[Tensor]:
         call.inputs |= {"dout": dout, "d_inner": d_inner, "mean": mean, "partial": partial}
         options = {"CENTRED": centred, "SOFTMAX": softmax}
         if units or mean is not None:
-            call.launch(_hidden_gradient, STEPS, False, **options)
-        call.launch(_gradients, STEPS, True, **grads, **options)
-        call.launch(_parameter_gradients, CHUNK, True, SUMS=head, CHUNK=CHUNK, **options)
+            call.sum(_hidden_gradient, **options)
+        call.launch(_gradients, **grads, **options)
+        call.launch(_parameter_gradients, CHUNK, SUMS=head, CHUNK=CHUNK, **options)
     sums = partial.sum(0)
     tapped, diagonal = sums[: 2 * width], sums[2 * width + 3 :][: 2 * features]
     down = sums[head:][: features * padded].view(features, padded, dim)[:, :units]
@@ -790,25 +797,37 @@ TritonFuse = eager(fuse_forward, fuse_backward)
 
 
 def compilations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What `scripts/compile-kernels` compiles: what hzip-lean asks for, and all there is."""
+    """What `scripts/compile-kernels` compiles: what hzip-lean asks for, plain and with its options
+    for gates, and the diagonal form."""
     parameters = ("taps", "taps_bias", "down", "hidden_bias", "up", "bias", "diagonal")
     floats = ("inner", "scale", "dots", "d_inner", "mean", "partial", *parameters)
-    for kind, lean in (("fp32", True), ("bf16", True), ("bf16", False)):
-        y = torch.empty(0, 0, 64, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
-        plan = _plan(y, torch.empty(64, 2, 3), torch.empty(2, 64, 8), 1)
-        plan |= {"CENTRED": not lean, "SOFTMAX": not lean, "EPSILON": EPSILON, "CHUNK": CHUNK}
-        plan["SUMS"] = 16
-        absent = ("cu_seqlens", "scale", "dots", "mean", "diagonal", "hidden") if lean else ()
-        types = dict.fromkeys(floats, "*fp32") | {"cu_seqlens": "*i32"}
+    types = dict.fromkeys(floats, "*fp32") | {"cu_seqlens": "*i32"}
+    lean = {"hidden", "diagonal"}
+    plain = {"cu_seqlens", "scale", "dots", "mean"}
+    cases = (
+        ("float32, lean", "*fp32", lean | plain, False),
+        ("bfloat16, lean", "*bf16", lean | plain, False),
+        ("bfloat16, lean, packed, normalised, centred, softmax", "*bf16", lean, True),
+        ("bfloat16, diagonal", "*bf16", plain | {"hidden", "hidden_bias", "down", "up"}, False),
+    )
+    for case, kind, absent, options in cases:
+        plan = {
+            **{"WIDTH": 3, "WINDOW": 1, "UNITS": 16, "SUMS": 16, "CHUNK": CHUNK},
+            **{"CENTRED": options, "SOFTMAX": options, "EPSILON": EPSILON},
+            **{"PRECISION": PRECISION[torch.float32 if kind == "*fp32" else torch.bfloat16]},
+        }
         for kernel in (_hidden, _fuse, _hidden_gradient, _gradients, _parameter_gradients):
+            summing = kernel in (_hidden, _hidden_gradient)
+            if summing and "up" in absent:
+                continue
             names = kernel.arg_names
-            fixed = {n: plan.get(n) for n in names if n in plan or n in absent}
+            known = plan | (SUMMING if summing else TILE) | dict.fromkeys(absent)
+            fixed = {name: known[name] for name in names if name in known}
+            sizes = {n for n in names if n in SIZES or n.endswith(("_batch", "_step"))}
             signature = {
-                n: types.get(
-                    n, "i32" if n in SIZES or n.endswith(("_batch", "_step")) else f"*{kind}"
-                )
-                for n in names
-                if n not in fixed
+                name: "i32" if name in sizes else types.get(name, kind)
+                for name in names
+                if name not in fixed
             }
-            case = "lean" if lean else "every option, packed"
-            yield f"hzip_fuse{kernel.__name__}, {kind}, {case}", kernel, signature, fixed, OPTIONS
+            launched = SUMMING_OPTIONS if summing else OPTIONS
+            yield f"hzip_fuse{kernel.__name__}, {case}", kernel, signature, fixed, launched
