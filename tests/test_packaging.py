@@ -23,7 +23,7 @@ FLOORS = [
     {"kernels"},
     {"models", "tasks", "ablations"},
     {"harness"},
-    {"report", "validate", "progress", "listing", "bench", "inspection"},
+    {"report", "validate", "progress", "listing", "bench", "bench_gpu", "inspection"},
     {"cli", "__main__"},
 ]
 """From the ground up; a module imports from its own floor's part of the house and from below."""
