@@ -13,6 +13,7 @@ from torch import Tensor
 from flexbench.config import StackConfig
 from flexbench.kernels import causal_conv1d, hzip_fuse
 from flexbench.kernels.gpu import INTERPRETED
+from flexbench.kernels.rows import runs_reference
 from flexbench.models import resolve
 from flexbench.models.stack import Backbone
 
@@ -157,6 +158,24 @@ def test_fuse_refuses(change, message):
     inputs = {k: v.float() for k, v in fuse_inputs(1, 4, 3, **change).items()}
     with pytest.raises(ValueError, match=message if INTERPRETED else "not all on a GPU"):
         hzip_fuse(**inputs, window=change.get("window", 1), backend="triton")
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs(device, dtype):
+    kernel = importlib.import_module("flexbench.kernels.rows.triton").run
+    start, count = (
+        torch.tensor([7, 0, 30, 2, 4, 5, 11, 12, 14]),
+        torch.tensor([4, 1, 3, 2] + [1] * 5),
+    )
+    long, packed = torch.randn(33, 9).to(dtype), torch.randn(9, 9).to(dtype)
+    for gather, x in ((True, long), (False, packed)):
+        for mean in (True, False):
+            call = (33, gather, mean)
+            wanted = runs_reference(x.double(), start, count, *call)
+            got = kernel(x.to(device), start.to(device), count.to(device), *call)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.cpu(), wanted.to(dtype))
 
 
 @pytest.mark.gpu
