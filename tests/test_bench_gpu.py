@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +58,25 @@ def test_a_floor_is_the_larger_of_bytes_and_exponentials_pass_by_pass():
 def test_an_unknown_measurement_is_refused():
     with pytest.raises(UserError, match="did you mean 'scan'"):
         bench_gpu.main("cpu", ["scam"], None)
+
+
+def test_the_claims_are_read_off_what_was_measured(capsys):
+    script = Path(__file__).resolve().parents[1] / "scripts/measure-gpu"
+    claims = runpy.run_path(str(script))["claims"]
+    scan, step = "selective_scan, forward + backward", "training step of mamba"
+    short, long = "batch 8, length 2048", "batch 1, length 16384"
+    times = {"ours": 2.0, "official": 3.0}
+    steps = {"ours": 10.0, "bimamba": 12.0, "hzip-lean": 18.0, "flexblock, a third": 4.0}
+    facts = [
+        {"name": scan, "shape": f"{short}, dim 2048", "milliseconds": times, "floor": 1.0},
+        {"name": step, "shape": f"{short}, d_model 9", "milliseconds": steps, "floor": None},
+    ]
+    found = claims({"measurements": facts})
+    assert [(measured, sense, wanted) for _, measured, sense, wanted in found] == [
+        (1.5, ">=", 1.3),
+        (2.0, "<=", 3.0),
+        (1.5, "<=", 1.25),
+    ]
+    assert f"{long}: not measured" in capsys.readouterr().out
+    facts += [{**fact, "shape": fact["shape"].replace(short, long)} for fact in facts]
+    assert len(claims({"measurements": facts})) == 7

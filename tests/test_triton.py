@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -176,6 +179,46 @@ def test_runs(device, dtype):
             got = kernel(x.to(device), start.to(device), count.to(device), *call)
             assert got.dtype == dtype
             torch.testing.assert_close(got.cpu(), wanted.to(dtype))
+
+
+@compiled_only
+def test_under_autocast_bfloat16_meets_float32(monkeypatch):
+    """As the harness trains on a GPU: products in bfloat16, parameters and A in float32."""
+    torch.manual_seed(0)
+    module = resolve("hzip-lean").parse({"d_conv": 3}).build(8, layer=0, n_layers=2)
+    x = torch.randn(1, 11, 8)
+    leaves = list(module.parameters())
+    exact = [y := module(x), *torch.autograd.grad(y.square().sum(), leaves)]
+    for op in ("conv", "fuse"):
+        chosen = importlib.import_module(f"flexbench.kernels.{op}")
+        monkeypatch.setattr(chosen, "cpu_refusal", lambda tensors: "Triton is to serve")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    got = [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
+    for g, w in zip(got, exact, strict=True):
+        scale = w.abs().max().clamp_min(1e-3)
+        assert ((g.float() - w).abs().max() / scale) < 0.1
+
+
+def test_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from flexbench.kernels import causal_conv1d, hzip_fuse
+x = torch.zeros(1, 4, 3)
+causal_conv1d(x, torch.zeros(3, 4))
+hzip_fuse(x, x)
+try:
+    causal_conv1d(x, torch.zeros(3, 4), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "triton is not installed" in done.stdout
 
 
 @pytest.mark.gpu

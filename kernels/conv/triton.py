@@ -24,6 +24,9 @@ STEPS, CHANNELS, CHUNK = 8, 64, 256
 """Steps and channels of a tile, and the steps whose weight gradients one program sums."""
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
+LOOSE = ("sequences", "length")
+"""Numbers that change from call to call, and for which no kernel is compiled anew."""
+
 
 @triton.jit
 def _pre_activation(
@@ -42,7 +45,7 @@ def _pre_activation(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _forward(
     x, weight, bias, y, cu_seqlens, sequences, length, dim, x_batch, x_step,
     WIDTH: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
@@ -81,7 +84,7 @@ def _gradient(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _backward(
     dy, x, weight, bias, dx, partial, cu_seqlens, sequences, length, dim,
     dy_batch, dy_step, x_batch, x_step,

@@ -41,6 +41,9 @@ LETTERS = {"y_f": "f", "y_b": "b", "z": "z", "hidden": "h"}
 """Strides go by these letters: f_batch, f_step; o for the output's gradient."""
 SIZES = ("sequences", "length", "dim", "units")
 
+LOOSE = ("sequences", "length")
+"""Numbers that change from call to call, and for which no kernel is compiled anew."""
+
 
 @triton.jit
 def _slope(x):
@@ -212,7 +215,7 @@ def _gates(
     return tl.sigmoid(forward), tl.sigmoid(backward)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _hidden(
     y_f, y_b, taps, taps_bias, down, hidden, hidden_bias, inner, scale, dots,
     cu_seqlens, sequences, length, dim, units, f_batch, f_step, b_batch, b_step, h_batch, h_step,
@@ -281,7 +284,7 @@ def _hidden(
     tl.store(inner + at, total, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _fuse(
     y_f, y_b, z, taps, taps_bias, up, diagonal, bias, inner, scale, out,
     cu_seqlens, sequences, length, dim, units, f_batch, f_step, b_batch, b_step, z_batch, z_step,
@@ -356,7 +359,7 @@ def _logit_gradients(
     return forward, backward, d_forward, d_backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _hidden_gradient(
     y_f, y_b, z, dout, taps, taps_bias, up, diagonal, bias, inner, scale, dots, d_inner, mean,
     cu_seqlens, sequences, length, dim, units,
@@ -472,7 +475,7 @@ def _through_rate(
     return slope * d / _count(step + OFFSET, first, last, SIDE, WINDOW, CENTRED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _gradients(
     y_f, y_b, z, dout, taps, taps_bias, down, up, diagonal, bias, inner, d_inner, scale, mean,
     dy_f, dy_b, dz, cu_seqlens, sequences, length, dim, units,
@@ -571,7 +574,7 @@ def _add(sums, index: tl.constexpr, tile):
     return sums + tl.where((row == index)[:, None], tl.sum(tile, 0)[None, :], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOSE)
 def _parameter_gradients(
     y_f, y_b, z, dout, taps, taps_bias, down, up, diagonal, bias, inner, d_inner, scale, mean,
     partial, cu_seqlens, sequences, length, dim, units,

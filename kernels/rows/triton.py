@@ -17,7 +17,7 @@ TILE = {"RUNS": 8, "CHANNELS": 128}
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("runs",))
 def _gather(
     rows, packed, start, count, runs, dim, stride,
     MEAN: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -37,7 +37,7 @@ def _gather(
     tl.store(at, total.to(packed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("runs",))
 def _scatter(
     packed, rows, start, count, runs, dim, stride,
     MEAN: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
