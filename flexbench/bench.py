@@ -28,6 +28,7 @@ from tqdm import tqdm
 from flexbench.config import StackConfig
 from flexbench.errors import UserError, did_you_mean
 from flexbench.harness.environment import environment, machine
+from flexbench.harness.sweep import choose_device
 from flexbench.kernels import causal_conv1d, selective_scan
 from flexbench.models import backbone_parameters, match_width, resolve
 from flexbench.models.flexblock import BlockType, GuideMap, Route, Router
@@ -239,10 +240,13 @@ def main(device: str, only: list[str], output: Path | None) -> None:
     """Run the measurements (all, or those named), print their table, write them as JSON if asked.
 
     Raises:
-        UserError: an unknown measurement or a device that has none yet.
+        UserError: an unknown measurement or device.
     """
-    if device not in ("auto", "cpu"):
-        raise UserError(f"bench has no measurements for '{device}' yet; use --device cpu")
+    if choose_device(device) == "cuda":
+        from flexbench import bench_gpu
+
+        bench_gpu.main("cuda", only, output)
+        return
     for name in only:
         if name not in MEASUREMENTS:
             raise UserError(f"unknown measurement '{name}'{did_you_mean(name, MEASUREMENTS)}")

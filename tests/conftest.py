@@ -10,6 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU the Triton kernels run in NumPy. Triton and the kernels read this when imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from flexbench.tasks.base import registry
 
 # Started in the background, a shell has us ignore Ctrl-C, which the tests press.

@@ -144,7 +144,7 @@ def plan(
     count = SEEDS[preset] if seeds is None else seeds
     if count < 1:
         raise UserError(f"seeds must be at least 1 (got {count})")
-    device = _device(device)
+    device = choose_device(device)
     settings = _Overrides(overrides, tasks=chosen, models=mixers)
     seeded = tuple(range(count))
     cells = []
@@ -301,7 +301,12 @@ def _value(text: str) -> Any:
         return text
 
 
-def _device(name: str) -> str:
+def choose_device(name: str) -> str:
+    """ "cpu" or "cuda": what "auto" is here, or the one named.
+
+    Raises:
+        UserError: another name, or a GPU that is not there.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):

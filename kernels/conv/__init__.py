@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Literal
 
 from torch import Tensor
 
 from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal, is_eager
-from flexbench.kernels.conv.cpu import EagerConv, causal_conv1d_op
+from flexbench.kernels.conv import official
+from flexbench.kernels.conv.cpu import EagerConv, causal_conv1d_backward_op, causal_conv1d_op
 from flexbench.kernels.conv.reference import causal_conv1d_reference
+from flexbench.kernels.gpu import triton_refusal
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "causal_conv1d", "reference")
 
 
 def causal_conv1d(
@@ -58,10 +63,36 @@ def causal_conv1d(
         raise ValueError(f"activation must be None or 'silu', not {activation!r}")
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, length)
-    refusal = {"cpu": cpu_refusal((x, weight, bias)), "reference": None}
+    tensors = (x, weight, bias)
+    refusal = {
+        "cpu": cpu_refusal(tensors),
+        "triton": triton_refusal((*tensors, cu_seqlens)),
+        "causal_conv1d": official.refusal(x, weight, bias, cu_seqlens, reverse),
+        "reference": None,
+    }
     chosen = choose("causal_conv1d", backend, BACKENDS, refusal)
+    run: Callable[..., Tensor]
     if chosen == "reference":
         run = causal_conv1d_reference
+    elif chosen == "causal_conv1d":
+        run = official.conv
+    elif not is_eager(tensors):
+        run = causal_conv1d_op
     else:
-        run = EagerConv.apply if is_eager((x, weight, bias)) else causal_conv1d_op
+        run = EagerConv.apply if chosen == "cpu" else _triton().TritonConv.apply
     return run(x, weight, bias, activation == "silu", cu_seqlens, reverse)
+
+
+def _triton() -> ModuleType:
+    """Imported at the first use: Triton is not a requirement."""
+    return import_module("flexbench.kernels.conv.triton")
+
+
+@causal_conv1d_op.register_kernel("cuda")
+def _(*inputs: Any) -> Tensor:
+    return _triton().conv_forward(*inputs)
+
+
+@causal_conv1d_backward_op.register_kernel("cuda")
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _triton().conv_backward(*inputs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,16 +152,22 @@ causal_conv1d_op.register_autograd(
 )
 
 
-class EagerConv(torch.autograd.Function):
+def eager(forward_kernel: Callable[..., Any], backward_kernel: Callable[..., Any]) -> Any:
     """The op without torch.library's dispatch, and without what `setup_context` costs a call."""
 
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        y = conv_forward(*inputs)
-        _setup_context(ctx, inputs, y)
-        return y
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+            y = forward_kernel(*inputs)
+            _setup_context(ctx, inputs, y)
+            return y
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, conv_backward, dy)
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, dy):  # type: ignore[no-untyped-def]
+            return _gradients(ctx, backward_kernel, dy)
+
+    return Eager
+
+
+EagerConv = eager(conv_forward, conv_backward)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
 from torch import Tensor
 
 from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal, is_eager
-from flexbench.kernels.fuse.cpu import EagerFuse, hzip_fuse_op
+from flexbench.kernels.fuse.cpu import EagerFuse, hzip_fuse_backward_op, hzip_fuse_op
 from flexbench.kernels.fuse.reference import hzip_fuse_reference, hzip_gates_reference
+from flexbench.kernels.gpu import triton_refusal
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
+MOST_UNITS, FARTHEST = 64, 8
+"""What the Triton kernels hold in registers: hidden units of both gates, and steps looked at."""
 
 
 def hzip_fuse(
@@ -42,8 +50,8 @@ def hzip_fuse(
 
     where the features x are the context and both G, h_f and h_b are the two halves of h, and d is f
     or b. Whatever is not given is left out; with nothing but y_f and y_b both gates are ½. No
-    feature, hidden unit or gate is written to memory by the compiled backend. Gradients reach every
-    floating input. The same input gives the same bits, whatever the number of threads.
+    feature or gate is written to memory by the compiled backends. Gradients reach every floating
+    input. The same input gives the same bits, whatever the number of threads.
 
     Args:
         y_f, y_b, z: (batch, length, dim).
@@ -75,15 +83,45 @@ def hzip_fuse(
     _check(*floats, window, smoothing)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, *y_f.shape[:2])
-    refusal = {"cpu": cpu_refusal(floats), "reference": None}
+    refusal = {
+        "cpu": cpu_refusal(floats),
+        "triton": triton_refusal((*floats, cu_seqlens)) or _too_large(taps, up, window),
+        "reference": None,
+    }
     if smoothing > 1:
-        refusal["cpu"] = "it does not smooth G"
+        refusal["cpu"] = refusal["triton"] = "it does not smooth G"
     chosen = choose("hzip_fuse", backend, BACKENDS, refusal)
     options = (centred, normalise, softmax)
     if chosen == "reference":
         return hzip_fuse_reference(*floats, cu_seqlens, window, smoothing, *options)
-    run = EagerFuse.apply if is_eager(floats) else hzip_fuse_op
+    run: Callable[..., Tensor] = hzip_fuse_op
+    if is_eager(floats):
+        run = EagerFuse.apply if chosen == "cpu" else _triton().TritonFuse.apply
     return run(*floats, cu_seqlens, window, *options)
+
+
+def _too_large(taps: Tensor | None, up: Tensor | None, window: int) -> str | None:
+    """Why Triton cannot serve these sizes, such as dense gates, which torch's products serve."""
+    if up is not None and 2 * up.shape[2] > MOST_UNITS:
+        return f"it has at most {MOST_UNITS} hidden units"
+    if max(window, 0 if taps is None else taps.shape[2] // 2) > FARTHEST:
+        return f"it looks at most {FARTHEST} steps back and ahead"
+    return None
+
+
+def _triton() -> ModuleType:
+    """Imported at the first use: Triton is not a requirement."""
+    return import_module("flexbench.kernels.fuse.triton")
+
+
+@hzip_fuse_op.register_kernel("cuda")
+def _(*inputs: Any) -> Tensor:
+    return _triton().fuse_forward(*inputs)
+
+
+@hzip_fuse_backward_op.register_kernel("cuda")
+def _(*inputs: Any) -> list[Tensor]:
+    return _triton().fuse_backward(*inputs)
 
 
 def hzip_gates(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,16 +212,22 @@ hzip_fuse_op.register_autograd(
 )
 
 
-class EagerFuse(torch.autograd.Function):
-    """The op without torch.library's dispatch, as for the scan."""
+def eager(forward_kernel: Callable[..., Any], backward_kernel: Callable[..., Any]) -> Any:
+    """The op without torch.library's dispatch, as for the convolution."""
 
-    setup_context = staticmethod(_setup_context)
+    class Eager(torch.autograd.Function):
+        setup_context = staticmethod(_setup_context)
 
-    @staticmethod
-    def forward(*inputs):  # type: ignore[no-untyped-def]
-        return fuse_forward(*inputs)
+        @staticmethod
+        def forward(*inputs):  # type: ignore[no-untyped-def]
+            return forward_kernel(*inputs)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, fuse_backward, dout)
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, dout):  # type: ignore[no-untyped-def]
+            return _gradients(ctx, backward_kernel, dout)
+
+    return Eager
+
+
+EagerFuse = eager(fuse_forward, fuse_backward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -10,13 +11,14 @@ from torch import Tensor
 from flexbench.kernels.backends import cpu_refusal, is_eager
 from flexbench.kernels.build import library
 from flexbench.kernels.ffi import f32, pointer
+from flexbench.kernels.gpu import triton_refusal
 
 
 def gather_runs(x: Tensor, start: Tensor, count: Tensor) -> Tensor:
     """The mean of rows start[i] .. start[i] + count[i] - 1, for every run i.
 
-    On the CPU in float32 a compiled kernel, the same bits on any number of threads; else plain
-    PyTorch, the reference.
+    A compiled kernel on the CPU in float32, and Triton on a GPU, the same bits every time; else
+    plain PyTorch, the reference.
 
     Args:
         x: (rows, dim).
@@ -25,12 +27,7 @@ def gather_runs(x: Tensor, start: Tensor, count: Tensor) -> Tensor:
     Returns:
         (runs, dim).
     """
-    if _compiled(x):
-        return EagerRuns.apply(x, start, count, len(x), True, True)
-    summed = x.new_zeros(len(start), x.shape[1]).index_add(
-        0, _run_of(count), x[_rows(start, count)]
-    )
-    return summed / count[:, None]
+    return _apply(x, start, count, len(x), True, True)
 
 
 def scatter_runs(y: Tensor, start: Tensor, count: Tensor, rows: int) -> Tensor:
@@ -44,14 +41,29 @@ def scatter_runs(y: Tensor, start: Tensor, count: Tensor, rows: int) -> Tensor:
     Returns:
         (rows, dim).
     """
-    if _compiled(y):
-        return EagerRuns.apply(y, start, count, rows, False, False)
-    spread = y[_run_of(count)]
-    return y.new_zeros(rows, y.shape[1]).index_copy(0, _rows(start, count), spread)
+    return _apply(y, start, count, rows, False, False)
 
 
-def _compiled(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and is_eager((x,)) and cpu_refusal((x,)) is None
+def _apply(x: Tensor, start: Tensor, count: Tensor, rows: int, gather: bool, mean: bool) -> Tensor:
+    """Packed from long where `gather`, long from packed where not; divided by `count` if `mean`."""
+    single = x.dtype == torch.float32 and cpu_refusal((x,)) is None
+    if single or (x.device.type == "cuda" and triton_refusal((x, start, count)) is None):
+        run = EagerRuns.apply if is_eager((x,)) else runs_op
+    else:
+        run = runs_reference
+    return run(x, start, count, rows, gather, mean)
+
+
+def runs_reference(
+    x: Tensor, start: Tensor, count: Tensor, rows: int, gather: bool, mean: bool
+) -> Tensor:
+    """Plain PyTorch, any dtype."""
+    if gather:
+        empty = x.new_zeros(len(start), x.shape[1])
+        summed = empty.index_add(0, _run_of(count), x[_rows(start, count)])
+        return summed / count[:, None] if mean else summed
+    spread = (x / count[:, None] if mean else x)[_run_of(count)]
+    return x.new_zeros(rows, x.shape[1]).index_copy(0, _rows(start, count), spread)
 
 
 def _run_of(count: Tensor) -> Tensor:
@@ -76,6 +88,12 @@ class _Args(ctypes.Structure):
 
 
 def _run(x: Tensor, start: Tensor, count: Tensor, rows: int, gather: bool, mean: bool) -> Tensor:
+    start, count = start.contiguous(), count.contiguous()
+    if x.device.type == "cuda":  # imported at the first use: Triton is not a requirement
+        made: Tensor = import_module("flexbench.kernels.rows.triton").run(
+            x, start, count, rows, gather, mean
+        )
+        return made
     source = f32(x)
     assert source is not None
     dim = x.shape[1]
@@ -96,17 +114,40 @@ def _run(x: Tensor, start: Tensor, count: Tensor, rows: int, gather: bool, mean:
     return made
 
 
+runs_op = torch.library.custom_op("flexbench::runs", _run, mutates_args=())
+
+
+@runs_op.register_fake
+def _(x: Tensor, start: Tensor, count: Tensor, rows: int, gather: bool, mean: bool) -> Tensor:
+    return x.new_empty(len(start) if gather else rows, x.shape[1])
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, start, count, rows, gather, mean = inputs
+    ctx.save_for_backward(start, count)
+    ctx.call = (rows, not gather, mean)
+
+
+def _gradients(ctx, run, dy):  # type: ignore[no-untyped-def]
+    """Gathering and scattering are each other's gradient."""
+    return run(dy, *ctx.saved_tensors, *ctx.call), None, None, None, None, None
+
+
+runs_op.register_autograd(
+    lambda ctx, dy: _gradients(ctx, runs_op, dy), setup_context=_setup_context
+)
+
+
 class EagerRuns(torch.autograd.Function):
-    """The compiled kernel; gathering and scattering are each other's gradient."""
+    """The op without torch.library's dispatch, as for the convolution."""
+
+    setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    def forward(ctx, x, start, count, rows, gather, mean):  # type: ignore[no-untyped-def]
-        start, count = start.contiguous(), count.contiguous()
-        ctx.save_for_backward(start, count)
-        ctx.call = (rows, not gather, mean)
-        return _run(x, start, count, rows, gather, mean)
+    def forward(*inputs):  # type: ignore[no-untyped-def]
+        return _run(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return _run(dy, *ctx.saved_tensors, *ctx.call), None, None, None, None, None
+        return _gradients(ctx, _run, dy)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal
+from flexbench.kernels.scan import official
 from flexbench.kernels.scan.cpu import run_scan
 from flexbench.kernels.scan.reference import selective_scan_reference
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "mamba_ssm", "reference")
 
 
 def selective_scan(
@@ -68,8 +69,14 @@ def selective_scan(
         wanted = (sequences, dim, A.shape[1])
         raise ValueError(f"initial_state must be {wanted}, not {tuple(initial_state.shape)}")
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    refusal = {"cpu": cpu_refusal(tensors), "reference": None}
+    refusal = {
+        "cpu": cpu_refusal(tensors),
+        "mamba_ssm": official.refusal(*tensors, cu_seqlens, repeats, reverse, return_last_state),
+        "reference": None,
+    }
     chosen = choose("selective_scan", backend, BACKENDS, refusal)
+    if chosen == "mamba_ssm":
+        return official.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     if chosen == "reference":
         y, last_state = selective_scan_reference(
             *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
