@@ -1,0 +1,207 @@
+"""The Triton scan against the float64 reference: on a GPU, or interpreted on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_block_scan import inputs_with, random_cuts, random_nodes
+from test_kernels import (
+    F64,
+    assert_close,
+    bounds,
+    outputs_and_gradients,
+    poison,  # noqa: F401  (what a kernel forgets to write shows as NaN)
+    scan_inputs,
+)
+from torch import Tensor
+
+from flexbench.kernels import block_scan, selective_scan
+from flexbench.kernels.gpu import INTERPRETED
+
+pytest.importorskip("triton")
+
+compiled_only = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled, for the GPU")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=compiled_only),
+        pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu]),
+    ],
+)
+kernels = importlib.import_module("flexbench.kernels.scan.triton")
+
+
+@pytest.fixture(autouse=True)
+def quick_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter patches triton.language again at every call of a device function, which
+    takes most of its time; a kernel's launch has done so already."""
+    if not INTERPRETED:
+        return
+    function = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    patching, patched = function.__call__, {kernels.__name__}
+
+    def call(self, *args: Any, **options: Any) -> Any:
+        if self.fn.__module__ in patched:
+            return self.rewrite()(*args, **options)
+        patched.add(self.fn.__module__)
+        return patching(self, *args, **options)
+
+    monkeypatch.setattr(function, "__call__", call)
+
+
+@pytest.fixture(params=[None, 32], ids=["one pass", "three passes"])
+def segment(request, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    monkeypatch.setattr(kernels, "segment_length", lambda *_: request.param)
+    return request.param
+
+
+def checked(
+    op: Callable[..., Any], inputs: dict[str, Tensor], device: str, tolerance: float, **options: Any
+) -> None:
+    """Values and gradients are the reference's, and the same bits when computed again."""
+
+    def run(backend: str, device: str):
+        placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        return lambda **x: op(**x, **placed, return_last_state=True, backend=backend)
+
+    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+    got = outputs_and_gradients(run("triton", device), moved, torch.float32)
+    again = outputs_and_gradients(run("triton", device), moved, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    wanted = outputs_and_gradients(run("reference", "cpu"), inputs, F64)
+    assert_close([tensor.cpu() for tensor in got], wanted, tolerance)
+
+
+@on_each_device
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_packed(segment, device, reverse, repeated):
+    lengths = [0, 41, 1, 0, 22, 0]
+    total = sum(lengths)
+    repeats = torch.randint(1, 12, (1, total), generator=torch.Generator().manual_seed(0))
+    checked(
+        selective_scan,
+        scan_inputs(1, total, 3, 5, sequences=len(lengths)),
+        device,
+        2e-5,
+        delta_softplus=True,
+        cu_seqlens=bounds(lengths),
+        repeats=repeats if repeated else None,
+        reverse=reverse,
+    )
+
+
+@on_each_device
+@pytest.mark.parametrize("absent", [(), ("D", "z", "delta_bias", "initial_state")])
+def test_batched_with_inputs_left_out(segment, device, absent):
+    inputs = scan_inputs(2, 37, 33, 16 if absent else 3)
+    inputs = {name: tensor for name, tensor in inputs.items() if name not in absent}
+    if absent:
+        inputs["delta"] = inputs["delta"].abs()
+    checked(selective_scan, inputs, device, 2e-5, delta_softplus=not absent)
+
+
+@on_each_device
+def test_nothing_to_do(device):
+    for batch, length in ((2, 0), (0, 5)):
+        checked(selective_scan, scan_inputs(batch, length, 3, 2), device, 1e-6)
+
+
+@on_each_device
+def test_any_dtypes_side_by_side(device):
+    """As under autocast: what the projections made is narrow, the parameters are not."""
+    inputs = {name: t.float().to(device) for name, t in scan_inputs(1, 11, 5, 4).items()}
+    narrow = {"u": torch.bfloat16, "delta": torch.bfloat16, "z": torch.float16}
+    narrow |= {"B": torch.float16, "C": torch.bfloat16}
+    mixed = {name: t.to(narrow.get(name, torch.float32)) for name, t in inputs.items()}
+
+    def run(backend: str, inputs: dict[str, Tensor]) -> list[Tensor]:
+        leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+        y, last = selective_scan(
+            **leaves, delta_softplus=True, return_last_state=True, backend=backend
+        )
+        assert (y.dtype, last.dtype) == (inputs["u"].dtype, torch.float32)
+        gradients = torch.autograd.grad(y.float().sum() + last.sum(), list(leaves.values()))
+        assert all(g.dtype == t.dtype for g, t in zip(gradients, leaves.values(), strict=True))
+        return [y, last, *gradients]
+
+    exact = run("reference", {name: t.detach().float() for name, t in mixed.items()})
+    found = run("triton", mixed)
+    assert_close(found[1:2], exact[1:2], 2e-6)
+    assert_close(found, exact, 2**-8)
+
+
+@on_each_device
+def test_small_steps_keep_their_digits(device):
+    inputs = {name: t.float().to(device) for name, t in scan_inputs(1, 3, 2, 2).items()}
+    inputs["delta_bias"] -= 14
+    options = {"delta_softplus": True, "return_last_state": True}
+    del inputs["initial_state"]
+    _, last = selective_scan(**inputs, **options, backend="triton")
+    wide = {name: t.double() for name, t in inputs.items()}
+    _, wanted = selective_scan(**wide, **options, backend="reference")
+    assert ((last - wanted).abs() / wanted.abs()).max() < 1e-5
+
+
+@on_each_device
+def test_strided_views_are_read_in_place(device):
+    inputs = {name: t.float().to(device) for name, t in scan_inputs(2, 9, 6, 4).items()}
+    wide = torch.cat([inputs["u"], inputs["z"], inputs["delta"]], -1)
+    views = dict(zip(("u", "z", "delta"), wide.split(6, -1), strict=True))
+    run = lambda x: selective_scan(**x, delta_softplus=True, backend="triton")  # noqa: E731
+    assert torch.equal(run(inputs), run(inputs | views))
+    turned = inputs | {"u": inputs["u"].mT.contiguous().mT}
+    assert torch.equal(run(inputs), run(turned))
+
+
+@on_each_device
+@pytest.mark.parametrize(("seed", "wide", "repeated"), [(1, True, False), (2, False, True)])
+def test_block_scan(segment, device, seed, wide, repeated):
+    lengths = [0, 30, 24]
+    total = sum(lengths)
+    nodes = random_nodes(lengths, seed)
+    draw = torch.Generator().manual_seed(seed)
+    repeats = torch.randint(1, 12, (1, total), generator=draw) if repeated else None
+    checked(
+        block_scan,
+        inputs_with(nodes, lengths, 3, 5, seed, wide),
+        device,
+        5e-5,
+        cu_blocks=random_cuts(lengths, seed),
+        cu_seqlens=bounds(lengths),
+        nodes=torch.tensor(nodes).reshape(-1, 3).int(),
+        delta_softplus=True,
+        repeats=repeats,
+    )
+
+
+def test_what_it_cannot_serve_is_refused():
+    inputs = scan_inputs(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve this call: .*float64"):
+        selective_scan(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 100, 1000, 16384, 10**6])
+@pytest.mark.parametrize("sequences", [1, 8])
+@pytest.mark.parametrize("blocks", [1, 64])
+def test_segments_fill_the_machine_or_there_is_one(tokens, sequences, blocks):
+    machine = 528
+    length = kernels.segment_length(tokens, sequences, blocks, machine)
+    if length is None:
+        assert 2 * sequences * blocks > machine or tokens < 2 * kernels.SHORTEST
+    else:
+        assert length >= kernels.SHORTEST
+        assert length == kernels.SHORTEST or tokens // length * blocks >= machine // 2
+
+
+def test_everything_listed_for_compilation_is_complete():
+    listed = list(kernels.compilations())
+    assert len({name for name, *_ in listed}) == len(listed)
+    for _, kernel, signature, constexprs, _ in listed:
+        assert {*signature, *constexprs} == set(kernel.arg_names)
+        assert not signature.keys() & constexprs.keys()
