@@ -30,6 +30,8 @@ LANES = tl.constexpr(32)
 """Channels of a program: one a thread of its only warp."""
 GROUP = tl.constexpr(4)
 """States side by side in a thread."""
+PAIR = tl.constexpr(2)
+"""The same in the backward pass, which keeps the states of a tile's steps."""
 TILE = tl.constexpr(8)
 """Steps between stored states: what a thread has registers to recompute."""
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -92,16 +94,16 @@ def _gain_slope(x, gain, m):
 
 
 @triton.jit
-def _load_group(pointer, row, g, d, dim, STATE: tl.constexpr):
-    """(LANES, GROUP) states of a (rows, dim, STATE) tensor, zero past its ends."""
-    n = g * GROUP + tl.arange(0, GROUP)[None, :]
+def _load_group(pointer, row, g, d, dim, STATE: tl.constexpr, SIZE: tl.constexpr = GROUP):
+    """(LANES, SIZE) states of a (rows, dim, STATE) tensor, zero past its ends."""
+    n = g * SIZE + tl.arange(0, SIZE)[None, :]
     at = pointer + (row.to(tl.int64) * dim + d[:, None]) * STATE + n
     return tl.load(at, mask=(d[:, None] < dim) & (n < STATE), other=0.0)
 
 
 @triton.jit
-def _store_group(pointer, row, g, d, dim, STATE: tl.constexpr, value):
-    n = g * GROUP + tl.arange(0, GROUP)[None, :]
+def _store_group(pointer, row, g, d, dim, STATE: tl.constexpr, value, SIZE: tl.constexpr = GROUP):
+    n = g * SIZE + tl.arange(0, SIZE)[None, :]
     at = pointer + (row.to(tl.int64) * dim + d[:, None]) * STATE + n
     tl.store(at, value, mask=(d[:, None] < dim) & (n < STATE))
 
@@ -125,24 +127,38 @@ def _store_states(pointer, row, d, dim, STATE: tl.constexpr, states):
 
 
 @triton.jit
-def _load_shared(pointer, row, g, STATE: tl.constexpr):
-    """A group of a token's B or C in every lane: one 16-byte load of one address."""
+def _load_shared(
+    pointer, row, room, t, g, STATE: tl.constexpr, sign: tl.constexpr, SIZE: tl.constexpr = GROUP
+):  # fmt: skip
+    """A group of B or C of a tile's step t, in every lane: one wide load of one address."""
     width: tl.constexpr = (STATE + GROUP - 1) // GROUP * GROUP
-    n = g * GROUP + tl.arange(0, GROUP)[None, :]
-    at = pointer + row.to(tl.int64) * width + tl.broadcast_to(n, [LANES, GROUP])
-    return tl.load(at)
+    n = tl.broadcast_to(tl.arange(0, SIZE)[None, :] + g * SIZE, [LANES, SIZE])
+    return tl.load(pointer + row * width + n + sign * tl.minimum(t, room) * width)
 
 
 @triton.jit
-def _load_channels(pointer, row, stride, d, dim):
-    """(LANES,) of a token's row."""
-    return tl.load(pointer + row.to(tl.int64) * stride + d, mask=d < dim, other=0.0)
+def _load_tile(pointer, row, room, stride, d, dim, sign: tl.constexpr):
+    """(LANES,) of each of a tile's steps, in the dtype in which they lie."""
+    rows = ()
+    for t in tl.static_range(TILE):
+        at = pointer + row * stride + d + sign * tl.minimum(t, room) * stride
+        rows = rows + (tl.load(at, mask=d < dim, other=0.0),)
+    return rows
 
 
 @triton.jit
-def _store_channels(pointer, row, valid, d, dim, value):
-    at = pointer + row.to(tl.int64) * dim + d
-    tl.store(at, value.to(pointer.dtype.element_ty), mask=d < tl.where(valid, dim, 0))
+def _store_step(pointer, row, room, t: tl.constexpr, d, dim, value, sign: tl.constexpr):
+    at = pointer + row * dim + d + sign * t * dim
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=d < tl.where(t <= room, dim, 0))
+
+
+@triton.jit
+def _count(repeats, row, room, t, sign: tl.constexpr):
+    """How many tokens step t stands for."""
+    m = 1.0
+    if repeats is not None:
+        m = tl.load(repeats + row + sign * tl.minimum(t, room)).to(tl.float32)
+    return m
 
 
 @triton.jit
@@ -156,9 +172,10 @@ def _step_size(raw, bias, valid, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _bias(delta_bias, d, dim):
-    if delta_bias is None:
-        return tl.zeros([LANES], tl.float32)
-    return tl.load(delta_bias + d, mask=d < dim, other=0.0)
+    bias = tl.zeros([LANES], tl.float32)
+    if delta_bias is not None:
+        bias = tl.load(delta_bias + d, mask=d < dim, other=0.0)
+    return bias
 
 
 @triton.jit
@@ -180,9 +197,14 @@ def _set(values, i: tl.constexpr, value):
 
 
 @triton.jit
-def _row(first, t, length, sign: tl.constexpr):
-    """The row of a segment's step t, and whether there is one; past the end that of the last."""
-    return first + sign * tl.minimum(t, tl.maximum(length, 1) - 1), t < length
+def _tile(first, begin, length, sign: tl.constexpr):
+    """The row of a segment's step `begin`, and how many steps there are after it.
+
+    Past the segment's end there are none, and the row is its last.
+    """
+    last = tl.maximum(length, 1) - 1
+    start = tl.minimum(begin, last)
+    return (first + sign * start).to(tl.int64), last - start
 
 
 @triton.jit
@@ -204,22 +226,14 @@ def _load_A2(A, d, dim, STATE: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(pointer, first, begin, length, stride, d, dim, sign: tl.constexpr):
-    """TILE steps' rows, in the dtype in which they lie."""
-    rows = ()
-    for t in tl.static_range(TILE):
-        row, _ = _row(first, begin + t, length, sign)
-        rows = rows + (_load_channels(pointer, row, stride, d, dim),)
-    return rows
-
-
-@triton.jit
-def _load_BC(B, C, first, t, length, sign: tl.constexpr, STATE: tl.constexpr):
+def _load_BC(B, C, row, room, t, STATE: tl.constexpr, sign: tl.constexpr):
     """B and C of one step: a group of one, then of the other, and so on."""
-    row, _ = _row(first, t, length, sign)
     shared = ()
     for g in tl.static_range((STATE + GROUP - 1) // GROUP):
-        shared = shared + (_load_shared(B, row, g, STATE), _load_shared(C, row, g, STATE))
+        shared = shared + (
+            _load_shared(B, row, room, t, g, STATE, sign),
+            _load_shared(C, row, room, t, g, STATE, sign),
+        )
     return shared
 
 
@@ -242,28 +256,28 @@ def _outputs(
     A2 = _load_A2(A, d, dim, STATE)
     h = _load_states(start, segment, d, dim, STATE, start is not None)
     tile = tl.load(cuts + segment) // TILE + segment
-    next_u = _load_tile(u, first, 0, length, u_stride, d, dim, sign)
-    next_delta = _load_tile(delta, first, 0, length, delta_stride, d, dim, sign)
+    row, room = _tile(first, 0, length, sign)
+    next_u = _load_tile(u, row, room, u_stride, d, dim, sign)
+    next_delta = _load_tile(delta, row, room, delta_stride, d, dim, sign)
     shared = ()
     for t in tl.static_range(AHEAD):
-        shared = shared + _load_BC(B, C, first, t, length, sign, STATE)
+        shared = shared + _load_BC(B, C, row, room, t, STATE, sign)
     for begin in range(0, length, TILE):
         if checkpoints is not None:
             _store_states(checkpoints, tile + begin // TILE, d, dim, STATE, h)
+        row, room = _tile(first, begin, length, sign)
+        next_row, next_room = _tile(first, begin + TILE, length, sign)
         us, steps, ys = (), (), ()
         for t in tl.static_range(TILE):
             us = us + (next_u[t].to(tl.float32),)
-            steps = steps + (_step_size(next_delta[t], bias, begin + t < length, SOFTPLUS),)
-        next_u = _load_tile(u, first, begin + TILE, length, u_stride, d, dim, sign)
-        next_delta = _load_tile(delta, first, begin + TILE, length, delta_stride, d, dim, sign)
+            steps = steps + (_step_size(next_delta[t], bias, t <= room, SOFTPLUS),)
+        next_u = _load_tile(u, next_row, next_room, u_stride, d, dim, sign)
+        next_delta = _load_tile(delta, next_row, next_room, delta_stride, d, dim, sign)
         if z is not None:
-            gates = _load_tile(z, first, begin, length, z_stride, d, dim, sign)
+            gates = _load_tile(z, row, room, z_stride, d, dim, sign)
         for t in tl.static_range(TILE):
-            shared = shared + _load_BC(B, C, first, begin + t + AHEAD, length, sign, STATE)
-            row, _ = _row(first, begin + t, length, sign)
-            m = 1.0
-            if repeats is not None:
-                m = tl.load(repeats + row).to(tl.float32)
+            shared = shared + _load_BC(B, C, row, room, t + AHEAD, STATE, sign)
+            m = _count(repeats, row, room, t, sign)
             out = tl.zeros([LANES, GROUP], tl.float32)
             after = ()
             for g in tl.static_range(groups):
@@ -275,14 +289,13 @@ def _outputs(
             h, shared = after, shared[2 * groups :]
             ys = ys + (tl.sum(out, 1),)
         for t in tl.static_range(TILE):
-            row, valid = _row(first, begin + t, length, sign)
             out = ys[t]
             if D is not None:
                 out += us[t] * tl.load(D + d, mask=d < dim, other=0.0)
             if z is not None:
                 gate = gates[t].to(tl.float32)
                 out *= gate * _sigmoid(gate)
-            _store_channels(y, row, valid, d, dim, out)
+            _store_step(y, row, room, t, d, dim, out, sign)
     if last is not None:
         _store_states(last, segment, d, dim, STATE, h)
 
@@ -307,27 +320,25 @@ def _summaries(
     h = _load_states(summary, segment, d, dim, STATE, False)
     sum_step = tl.zeros([LANES], tl.float32)
     for begin in range(0, length, TILE):
-        us = _load_tile(u, first, begin, length, u_stride, d, dim, sign)
-        deltas = _load_tile(delta, first, begin, length, delta_stride, d, dim, sign)
+        row, room = _tile(first, begin, length, sign)
+        us = _load_tile(u, row, room, u_stride, d, dim, sign)
+        deltas = _load_tile(delta, row, room, delta_stride, d, dim, sign)
         if z is not None:
-            gates = _load_tile(z, first, begin, length, z_stride, d, dim, sign)
+            gates = _load_tile(z, row, room, z_stride, d, dim, sign)
         for t in tl.static_range(TILE):
-            row, valid = _row(first, begin + t, length, sign)
-            step = _step_size(deltas[t], bias, valid, SOFTPLUS)
+            m = _count(repeats, row, room, t, sign)
+            step = _step_size(deltas[t], bias, t <= room, SOFTPLUS)
             x = us[t].to(tl.float32)
             if not ADJOINT:
                 x *= step
             else:
-                x = tl.where(valid, x, 0.0)
+                x = tl.where(t <= room, x, 0.0)
                 if z is not None:
                     gate = gates[t].to(tl.float32)
                     x *= gate * _sigmoid(gate)
-            m = 1.0
-            if repeats is not None:
-                m = tl.load(repeats + row).to(tl.float32)
             after = ()
             for g in tl.static_range(groups):
-                b = _load_shared(B, row, g, STATE)
+                b = _load_shared(B, row, room, t, g, STATE, sign)
                 if ADJOINT:
                     state = (h[g] + x[:, None] * b) * tl.exp2(step[:, None] * A2[g] * m)
                 else:
@@ -464,7 +475,7 @@ def _walk_back(
 @triton.jit
 def _merge(low, high, bit: tl.constexpr):
     """Half a step of two sums over lanes: lanes with `bit` go on with `high`, others with `low`."""
-    lane = tl.broadcast_to(tl.arange(0, LANES)[:, None], [LANES, GROUP])
+    lane = tl.broadcast_to(tl.arange(0, LANES)[:, None], low.shape)
     is_low = (lane & bit) == 0
     kept, sent = tl.where(is_low, low, high), tl.where(is_low, high, low)
     return kept + tl.gather(sent, lane ^ bit, 0)
@@ -484,7 +495,8 @@ def _gradients(
     the sum dA lie in memory (in the cache) meanwhile.
     """
     segment, first, length, d = _place(cuts, blocks, REVERSE)
-    groups: tl.constexpr = (STATE + GROUP - 1) // GROUP
+    groups: tl.constexpr = (STATE + PAIR - 1) // PAIR
+    width: tl.constexpr = (STATE + GROUP - 1) // GROUP * GROUP
     sign: tl.constexpr = -1 if REVERSE else 1
     bias = _bias(delta_bias, d, dim)
     skip = tl.zeros([LANES], tl.float32)
@@ -498,18 +510,19 @@ def _gradients(
     lane = tl.arange(0, LANES)
     lane_t = (lane // 8 % 2) + (lane // 4 % 2) * 2 + (lane // 2 % 2) * 4
     for i in range(tiles):
+        tl.debug_barrier()  # dh and dA may be read by another thread than wrote them
         begin = (tiles - 1 - i) * TILE
-        us = _load_tile(u, first, begin, length, u_stride, d, dim, sign)
-        deltas = _load_tile(delta, first, begin, length, delta_stride, d, dim, sign)
-        douts = _load_tile(dout, first, begin, length, dout_stride, d, dim, sign)
+        row, room = _tile(first, begin, length, sign)
+        us = _load_tile(u, row, room, u_stride, d, dim, sign)
+        deltas = _load_tile(delta, row, room, delta_stride, d, dim, sign)
+        douts = _load_tile(dout, row, room, dout_stride, d, dim, sign)
         if z is not None:
-            gates = _load_tile(z, first, begin, length, z_stride, d, dim, sign)
+            gates = _load_tile(z, row, room, z_stride, d, dim, sign)
         steps, inputs, dys, ys, through_decay, through_input = (), (), (), (), (), ()
         nothing = tl.zeros([LANES], tl.float32)
         for t in tl.static_range(TILE):
-            valid = begin + t < length
-            step = _step_size(deltas[t], bias, valid, SOFTPLUS)
-            dy = tl.where(valid, douts[t].to(tl.float32), 0.0)
+            step = _step_size(deltas[t], bias, t <= room, SOFTPLUS)
+            dy = tl.where(t <= room, douts[t].to(tl.float32), 0.0)
             if z is not None:
                 gate = gates[t].to(tl.float32)
                 dy *= gate * _sigmoid(gate)
@@ -519,22 +532,19 @@ def _gradients(
             ys, through_decay = ys + (nothing,), through_decay + (nothing,)
             through_input = through_input + (nothing,)
         for g in range(groups):
-            A2 = _load_group(A, segment * 0, g, d, dim, STATE) * LOG2E
-            dstate = _load_group(dh, segment, g, d, dim, STATE)
-            dA_sum = _load_group(dA, segment, g, d, dim, STATE)
-            states = (_load_group(checkpoints, tile + begin // TILE, g, d, dim, STATE),)
+            A2 = _load_group(A, segment * 0, g, d, dim, STATE, PAIR) * LOG2E
+            dstate = _load_group(dh, segment, g, d, dim, STATE, PAIR)
+            dA_sum = _load_group(dA, segment, g, d, dim, STATE, PAIR)
+            states = (_load_group(checkpoints, tile + begin // TILE, g, d, dim, STATE, PAIR),)
             for t in tl.static_range(TILE):
-                row, _ = _row(first, begin + t, length, sign)
-                m = 1.0
-                if repeats is not None:
-                    m = tl.load(repeats + row).to(tl.float32)
-                b = _load_shared(B, row, g, STATE)
+                m = _count(repeats, row, room, t, sign)
+                b = _load_shared(B, row, room, t, g, STATE, sign, PAIR)
                 x = _advance(states[t], steps[t], inputs[t], b, A2, m, repeats is not None)
                 states = states + (x,)
             sums = ()
             for t in tl.static_range(TILE - 1, -1, -1):
-                row, _ = _row(first, begin + t, length, sign)
-                b, c = _load_shared(B, row, g, STATE), _load_shared(C, row, g, STATE)
+                b = _load_shared(B, row, room, t, g, STATE, sign, PAIR)
+                c = _load_shared(C, row, room, t, g, STATE, sign, PAIR)
                 if z is not None:
                     ys = _set(ys, t, ys[t] + tl.sum(states[t + 1] * c, 1))
                 scale, carried = steps[t][:, None], inputs[t][:, None]
@@ -544,7 +554,7 @@ def _gradients(
                 dB = dstate * carried
                 dinput = dstate * b
                 if repeats is not None:
-                    m = tl.load(repeats + row).to(tl.float32)
+                    m = _count(repeats, row, room, t, sign)
                     gain = _gain(x2 * LN2, m)
                     slope = _gain_slope(x2 * LN2, gain, m)
                     a = tl.exp2(x2 * m)
@@ -569,16 +579,14 @@ def _gradients(
                     x = _merge(x, sums[-1], 2)
                     sums = sums[:-1]
                 sums = sums + (x,)
-            _store_group(dh, segment, g, d, dim, STATE, dstate)
-            _store_group(dA, segment, g, d, dim, STATE, dA_sum)
-            row = first + sign * (begin + lane_t)
-            at = tl.program_id(0).to(tl.int64) % blocks * tokens + row
-            n = g * GROUP + tl.arange(0, GROUP)[None, :]
-            at = dBC + ((at * 2 + lane // 16) * (groups * GROUP))[:, None] + n
-            mine = (lane % 2 == 0) & (begin + lane_t < length)
+            _store_group(dh, segment, g, d, dim, STATE, dstate, PAIR)
+            _store_group(dA, segment, g, d, dim, STATE, dA_sum, PAIR)
+            at = tl.program_id(0).to(tl.int64) % blocks * tokens + row + sign * lane_t
+            n = g * PAIR + tl.arange(0, PAIR)[None, :]
+            at = dBC + ((at * 2 + lane // 16) * width)[:, None] + n
+            mine = (lane % 2 == 0) & (lane_t <= room)
             tl.store(at, _merge(sums[0], sums[0], 1), mask=mine[:, None] & (n >= 0))
         for t in tl.static_range(TILE):
-            row, valid = _row(first, begin + t, length, sign)
             x = us[t].to(tl.float32)
             slope = 1.0
             if SOFTPLUS:
@@ -588,11 +596,11 @@ def _gradients(
                 opened = _sigmoid(gate)
                 out = douts[t].to(tl.float32)
                 out *= opened * (1.0 + gate * (1.0 - opened)) * (ys[t] + skip * x)
-                _store_channels(dz, row, valid, d, dim, out)
+                _store_step(dz, row, room, t, d, dim, out, sign)
             draw = (through_decay[t] * LN2 + through_input[t] * x) * slope
-            _store_channels(du, row, valid, d, dim, through_input[t] * steps[t] + skip * dys[t])
-            _store_channels(ddelta, row, valid, d, dim, draw)
-            dbias_sum += tl.where(valid, draw, 0.0)
+            _store_step(du, row, room, t, d, dim, through_input[t] * steps[t] + skip * dys[t], sign)
+            _store_step(ddelta, row, room, t, d, dim, draw, sign)
+            dbias_sum += tl.where(t <= room, draw, 0.0)
             dD_sum += dys[t] * x
     at = segment.to(tl.int64) * dim + d
     tl.store(dD + at, dD_sum, mask=d < dim)
