@@ -13,6 +13,9 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton kernels run in NumPy on the CPU: slow, for tests. Set before the first import."""
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What GPU kernels read and write."""
+
 
 def triton_refusal(tensors: Iterable[Tensor | None]) -> str | None:
     """Why the Triton kernels cannot serve these inputs; None where they can."""
@@ -25,6 +28,14 @@ def triton_refusal(tensors: Iterable[Tensor | None]) -> str | None:
     return None if INSTALLED else "triton is not installed"
 
 
+def on_gpu(tensors: Iterable[Tensor]) -> bool:
+    return all(t.device.type == "cuda" for t in tensors)
+
+
 def last_contiguous(x: Tensor) -> Tensor:
     """x, copied where its last axis is strided."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

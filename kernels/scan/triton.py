@@ -12,6 +12,7 @@ the tiles' starts.
 Every sum has a fixed order that depends on shapes and the machine alone: there are no atomics.
 """
 
+# ruff: noqa: RUF005  (Triton has no iterable unpacking)
 from __future__ import annotations
 
 import functools
@@ -608,7 +609,7 @@ def _gradients(
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
-    """(batch, length, width) as (tokens, width) with a contiguous last axis: a view if it can be."""
+    """(batch, length, width) as (tokens, width), the last axis contiguous: a view if it can be."""
     if tensor is None:
         return None
     rows = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -699,9 +700,7 @@ class _Call:
             cuts = [self.cuts]
             if segment is not None:
                 cuts.append(
-                    torch.arange(
-                        segment, self.tokens, segment, dtype=torch.int32, device=u.device
-                    )
+                    torch.arange(segment, self.tokens, segment, dtype=torch.int32, device=u.device)
                 )
             if self.events is not None:
                 cuts.append(self.events[:, 0])
@@ -720,7 +719,9 @@ class _Call:
         return self.states(rows).zero_()
 
     def over_segments(self, kernel: Any, *arguments: Any, **options: int) -> None:
-        self._launch(kernel, (self.segments * self.blocks,), arguments, SOFTPLUS=self.softplus, **options)
+        self._launch(
+            kernel, (self.segments * self.blocks,), arguments, SOFTPLUS=self.softplus, **options
+        )
 
     def over_sequences(self, kernel: Any, *arguments: Any) -> None:
         self._launch(kernel, (self.sequences * self.blocks, self.groups), arguments)
@@ -860,7 +861,9 @@ def scan_backward(
         (alpha, None if dalpha is None else dalpha.sum(0)),
     )
     return [
-        call.empty(0) if tensor is None or grad is None else grad.to(tensor.dtype).view(tensor.shape)
+        call.empty(0)
+        if tensor is None or grad is None
+        else grad.to(tensor.dtype).view(tensor.shape)
         for tensor, grad in found
     ]
 
