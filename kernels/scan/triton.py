@@ -31,8 +31,6 @@ LANES = tl.constexpr(32)
 """Channels of a program: one a thread of its only warp."""
 GROUP = tl.constexpr(4)
 """States side by side in a thread."""
-PAIR = tl.constexpr(2)
-"""The same in the backward pass, which keeps the states of a tile's steps."""
 TILE = tl.constexpr(8)
 """Steps between stored states: what a thread has registers to recompute."""
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -145,6 +143,16 @@ def _load_tile(pointer, row, room, stride, d, dim, sign: tl.constexpr):
         at = pointer + row * stride + d + sign * tl.minimum(t, room) * stride
         rows = rows + (tl.load(at, mask=d < dim, other=0.0),)
     return rows
+
+
+@triton.jit
+def _load_step(pointer, row, room, t: tl.constexpr, stride, d, dim, sign: tl.constexpr):
+    """A tile's step once more, from the cache, where there are no registers to keep it in.
+
+    The address is computed another way than at first, or the compiler would keep that instead.
+    """
+    at = pointer + (row + sign * t) * stride + d
+    return tl.load(at, mask=d < tl.where(t <= room, dim, 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -487,7 +495,7 @@ def _gradients(
     dout, u, delta, A, B, C, D, z, delta_bias, repeats, cuts, checkpoints, dh,
     du, ddelta, dz, dA, dBC, dD, dbias,
     dout_stride, u_stride, delta_stride, z_stride, tokens, dim, blocks,
-    STATE: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    STATE: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A segment's gradients. dh comes as that of the state at its end, and goes as at its start.
 
@@ -496,7 +504,7 @@ def _gradients(
     the sum dA lie in memory (in the cache) meanwhile.
     """
     segment, first, length, d = _place(cuts, blocks, REVERSE)
-    groups: tl.constexpr = (STATE + PAIR - 1) // PAIR
+    groups: tl.constexpr = (STATE + SIZE - 1) // SIZE
     width: tl.constexpr = (STATE + GROUP - 1) // GROUP * GROUP
     sign: tl.constexpr = -1 if REVERSE else 1
     bias = _bias(delta_bias, d, dim)
@@ -533,19 +541,19 @@ def _gradients(
             ys, through_decay = ys + (nothing,), through_decay + (nothing,)
             through_input = through_input + (nothing,)
         for g in range(groups):
-            A2 = _load_group(A, segment * 0, g, d, dim, STATE, PAIR) * LOG2E
-            dstate = _load_group(dh, segment, g, d, dim, STATE, PAIR)
-            dA_sum = _load_group(dA, segment, g, d, dim, STATE, PAIR)
-            states = (_load_group(checkpoints, tile + begin // TILE, g, d, dim, STATE, PAIR),)
+            A2 = _load_group(A, segment * 0, g, d, dim, STATE, SIZE) * LOG2E
+            dstate = _load_group(dh, segment, g, d, dim, STATE, SIZE)
+            dA_sum = _load_group(dA, segment, g, d, dim, STATE, SIZE)
+            states = (_load_group(checkpoints, tile + begin // TILE, g, d, dim, STATE, SIZE),)
             for t in tl.static_range(TILE):
                 m = _count(repeats, row, room, t, sign)
-                b = _load_shared(B, row, room, t, g, STATE, sign, PAIR)
+                b = _load_shared(B, row, room, t, g, STATE, sign, SIZE)
                 x = _advance(states[t], steps[t], inputs[t], b, A2, m, repeats is not None)
                 states = states + (x,)
             sums = ()
             for t in tl.static_range(TILE - 1, -1, -1):
-                b = _load_shared(B, row, room, t, g, STATE, sign, PAIR)
-                c = _load_shared(C, row, room, t, g, STATE, sign, PAIR)
+                b = _load_shared(B, row, room, t, g, STATE, sign, SIZE)
+                c = _load_shared(C, row, room, t, g, STATE, sign, SIZE)
                 if z is not None:
                     ys = _set(ys, t, ys[t] + tl.sum(states[t + 1] * c, 1))
                 scale, carried = steps[t][:, None], inputs[t][:, None]
@@ -580,22 +588,22 @@ def _gradients(
                     x = _merge(x, sums[-1], 2)
                     sums = sums[:-1]
                 sums = sums + (x,)
-            _store_group(dh, segment, g, d, dim, STATE, dstate, PAIR)
-            _store_group(dA, segment, g, d, dim, STATE, dA_sum, PAIR)
+            _store_group(dh, segment, g, d, dim, STATE, dstate, SIZE)
+            _store_group(dA, segment, g, d, dim, STATE, dA_sum, SIZE)
             at = tl.program_id(0).to(tl.int64) % blocks * tokens + row + sign * lane_t
-            n = g * PAIR + tl.arange(0, PAIR)[None, :]
+            n = g * SIZE + tl.arange(0, SIZE)[None, :]
             at = dBC + ((at * 2 + lane // 16) * width)[:, None] + n
             mine = (lane % 2 == 0) & (lane_t <= room)
             tl.store(at, _merge(sums[0], sums[0], 1), mask=mine[:, None] & (n >= 0))
         for t in tl.static_range(TILE):
-            x = us[t].to(tl.float32)
+            x = _load_step(u, row, room, t, u_stride, d, dim, sign)
             slope = 1.0
             if SOFTPLUS:
-                slope = _sigmoid(deltas[t].to(tl.float32) + bias)
+                slope = _sigmoid(_load_step(delta, row, room, t, delta_stride, d, dim, sign) + bias)
             if z is not None:
-                gate = gates[t].to(tl.float32)
+                gate = _load_step(z, row, room, t, z_stride, d, dim, sign)
                 opened = _sigmoid(gate)
-                out = douts[t].to(tl.float32)
+                out = _load_step(dout, row, room, t, dout_stride, d, dim, sign)
                 out *= opened * (1.0 + gate * (1.0 - opened)) * (ys[t] + skip * x)
                 _store_step(dz, row, room, t, d, dim, out, sign)
             draw = (through_decay[t] * LN2 + through_input[t] * x) * slope
@@ -852,6 +860,7 @@ def scan_backward(
         *(_gradients, rows, call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias),
         *(call.repeats, call.cuts, checkpoints, dh, du, ddelta, dz, dA, dBC, dD, dbias),
         *(_stride(rows), call.u.stride(0), call.delta.stride(0), _stride(call.z), call.tokens),
+        SIZE=1 if call.repeats is not None else 2,
     )
     dB, dC = dBC.sum(0)[..., : call.state].unbind(1)
     found = (
@@ -884,8 +893,8 @@ def compilations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], d
         ("scan-summary-adjoint", _summaries, scan | {"ADJOINT": True}),
         ("scan-walk", _walk, plain),
         ("scan-walk-back", _walk_back, plain),
-        ("scan-backward", _gradients, scan),
-        ("scan-backward-repeats", _gradients, plain | {"SOFTPLUS": True}),
+        ("scan-backward", _gradients, scan | {"SIZE": 2}),
+        ("scan-backward-repeats", _gradients, plain | {"SOFTPLUS": True, "SIZE": 1}),
     )
     for name, kernel, constexprs in listed:
         signature = {a: types.get(a, "*fp32") for a in kernel.arg_names if a not in constexprs}
