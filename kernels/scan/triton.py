@@ -127,12 +127,13 @@ def _store_states(pointer, row, d, dim, STATE: tl.constexpr, states):
 
 @triton.jit
 def _load_shared(
-    pointer, row, room, t, g, STATE: tl.constexpr, sign: tl.constexpr, SIZE: tl.constexpr = GROUP
+    BC, row, room, t, g, WHICH: tl.constexpr, STATE: tl.constexpr, sign: tl.constexpr,
+    SIZE: tl.constexpr = GROUP,
 ):  # fmt: skip
-    """A group of B or C of a tile's step t, in every lane: one wide load of one address."""
+    """A group of B (0) or C (1) of a tile's step t, in every lane: a wide load of one address."""
     width: tl.constexpr = (STATE + GROUP - 1) // GROUP * GROUP
-    n = tl.broadcast_to(tl.arange(0, SIZE)[None, :] + g * SIZE, [LANES, SIZE])
-    return tl.load(pointer + row * width + n + sign * tl.minimum(t, room) * width)
+    n = tl.broadcast_to(tl.arange(0, SIZE)[None, :] + (g * SIZE + WHICH * width), [LANES, SIZE])
+    return tl.load(BC + row * (2 * width) + n + sign * tl.minimum(t, room) * (2 * width))
 
 
 @triton.jit
@@ -147,11 +148,8 @@ def _load_tile(pointer, row, room, stride, d, dim, sign: tl.constexpr):
 
 @triton.jit
 def _load_step(pointer, row, room, t: tl.constexpr, stride, d, dim, sign: tl.constexpr):
-    """A tile's step once more, from the cache, where there are no registers to keep it in.
-
-    The address is computed another way than at first, or the compiler would keep that instead.
-    """
-    at = pointer + (row + sign * t) * stride + d
+    """A tile's step once more, from the cache: there are no registers to keep it in."""
+    at = pointer + row * stride + d + sign * t * stride
     return tl.load(at, mask=d < tl.where(t <= room, dim, 0), other=0.0).to(tl.float32)
 
 
@@ -235,20 +233,20 @@ def _load_A2(A, d, dim, STATE: tl.constexpr):
 
 
 @triton.jit
-def _load_BC(B, C, row, room, t, STATE: tl.constexpr, sign: tl.constexpr):
+def _load_BC(BC, row, room, t, STATE: tl.constexpr, sign: tl.constexpr):
     """B and C of one step: a group of one, then of the other, and so on."""
     shared = ()
     for g in tl.static_range((STATE + GROUP - 1) // GROUP):
         shared = shared + (
-            _load_shared(B, row, room, t, g, STATE, sign),
-            _load_shared(C, row, room, t, g, STATE, sign),
+            _load_shared(BC, row, room, t, g, 0, STATE, sign),
+            _load_shared(BC, row, room, t, g, 1, STATE, sign),
         )
     return shared
 
 
 @triton.jit
 def _outputs(
-    u, delta, A, B, C, D, z, delta_bias, repeats, cuts, start,
+    u, delta, A, BC, D, z, delta_bias, repeats, cuts, start,
     y, last, checkpoints,
     u_stride, delta_stride, z_stride, dim, blocks,
     STATE: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, AHEAD: tl.constexpr,
@@ -270,7 +268,7 @@ def _outputs(
     next_delta = _load_tile(delta, row, room, delta_stride, d, dim, sign)
     shared = ()
     for t in tl.static_range(AHEAD):
-        shared = shared + _load_BC(B, C, row, room, t, STATE, sign)
+        shared = shared + _load_BC(BC, row, room, t, STATE, sign)
     for begin in range(0, length, TILE):
         if checkpoints is not None:
             _store_states(checkpoints, tile + begin // TILE, d, dim, STATE, h)
@@ -285,7 +283,7 @@ def _outputs(
         if z is not None:
             gates = _load_tile(z, row, room, z_stride, d, dim, sign)
         for t in tl.static_range(TILE):
-            shared = shared + _load_BC(B, C, row, room, t + AHEAD, STATE, sign)
+            shared = shared + _load_BC(BC, row, room, t + AHEAD, STATE, sign)
             m = _count(repeats, row, room, t, sign)
             out = tl.zeros([LANES, GROUP], tl.float32)
             after = ()
@@ -311,15 +309,15 @@ def _outputs(
 
 @triton.jit
 def _summaries(
-    u, delta, A, B, z, delta_bias, repeats, cuts,
+    u, delta, A, BC, z, delta_bias, repeats, cuts,
     total, summary,
     u_stride, delta_stride, z_stride, dim, blocks,
     STATE: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADJOINT: tl.constexpr,
 ):  # fmt: skip
     """A segment's ΣΔ and its last state from zero.
 
-    Adjoint: u is dy, B is C, and the summary is the gradient of the state at the start where that
-    at the end has none.
+    Adjoint: u is dy, C stands for B, and the summary is the gradient of the state at the start
+    where that at the end has none.
     """
     segment, first, length, d = _place(cuts, blocks, REVERSE != ADJOINT)
     groups: tl.constexpr = (STATE + GROUP - 1) // GROUP
@@ -347,7 +345,7 @@ def _summaries(
                     x *= gate * _sigmoid(gate)
             after = ()
             for g in tl.static_range(groups):
-                b = _load_shared(B, row, room, t, g, STATE, sign)
+                b = _load_shared(BC, row, room, t, g, 1 if ADJOINT else 0, STATE, sign)
                 if ADJOINT:
                     state = (h[g] + x[:, None] * b) * tl.exp2(step[:, None] * A2[g] * m)
                 else:
@@ -492,7 +490,7 @@ def _merge(low, high, bit: tl.constexpr):
 
 @triton.jit
 def _gradients(
-    dout, u, delta, A, B, C, D, z, delta_bias, repeats, cuts, checkpoints, dh,
+    dout, u, delta, A, BC, D, z, delta_bias, repeats, cuts, checkpoints, dh,
     du, ddelta, dz, dA, dBC, dD, dbias,
     dout_stride, u_stride, delta_stride, z_stride, tokens, dim, blocks,
     STATE: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SIZE: tl.constexpr,
@@ -547,13 +545,13 @@ def _gradients(
             states = (_load_group(checkpoints, tile + begin // TILE, g, d, dim, STATE, SIZE),)
             for t in tl.static_range(TILE):
                 m = _count(repeats, row, room, t, sign)
-                b = _load_shared(B, row, room, t, g, STATE, sign, SIZE)
+                b = _load_shared(BC, row, room, t, g, 0, STATE, sign, SIZE)
                 x = _advance(states[t], steps[t], inputs[t], b, A2, m, repeats is not None)
                 states = states + (x,)
             sums = ()
             for t in tl.static_range(TILE - 1, -1, -1):
-                b = _load_shared(B, row, room, t, g, STATE, sign, SIZE)
-                c = _load_shared(C, row, room, t, g, STATE, sign, SIZE)
+                b = _load_shared(BC, row, room, t, g, 0, STATE, sign, SIZE)
+                c = _load_shared(BC, row, room, t, g, 1, STATE, sign, SIZE)
                 if z is not None:
                     ys = _set(ys, t, ys[t] + tl.sum(states[t + 1] * c, 1))
                 scale, carried = steps[t][:, None], inputs[t][:, None]
@@ -599,11 +597,11 @@ def _gradients(
             x = _load_step(u, row, room, t, u_stride, d, dim, sign)
             slope = 1.0
             if SOFTPLUS:
-                slope = _sigmoid(_load_step(delta, row, room, t, delta_stride, d, dim, sign) + bias)
+                slope = _sigmoid(deltas[t].to(tl.float32) + bias)
             if z is not None:
-                gate = _load_step(z, row, room, t, z_stride, d, dim, sign)
+                gate = gates[t].to(tl.float32)
                 opened = _sigmoid(gate)
-                out = _load_step(dout, row, room, t, dout_stride, d, dim, sign)
+                out = douts[t].to(tl.float32)
                 out *= opened * (1.0 + gate * (1.0 - opened)) * (ys[t] + skip * x)
                 _store_step(dz, row, room, t, d, dim, out, sign)
             draw = (through_decay[t] * LN2 + through_input[t] * x) * slope
@@ -625,10 +623,10 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _shared(tensor: Tensor) -> Tensor:
-    """B or C as contiguous float32 (tokens, whole groups), so that a group is one aligned load."""
-    rows = tensor.reshape(-1, tensor.shape[-1]).float()
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP.value)).contiguous()
+def _shared(B: Tensor, C: Tensor) -> Tensor:
+    """float32 (tokens, 2, state up to whole groups), so that a group is one aligned load."""
+    rows = torch.stack([t.reshape(-1, t.shape[-1]).float() for t in (B, C)], 1)
+    return torch.nn.functional.pad(rows, (0, -rows.shape[2] % GROUP.value))
 
 
 def _f32(tensor: Tensor | None) -> Tensor | None:
@@ -692,7 +690,7 @@ class _Call:
         self.groups = triton.cdiv(self.state, GROUP.value)
         self.u, self.delta, self.z = _rows(u), _rows(delta), _rows(z)
         self.A, self.D, self.bias = _f32(A), _f32(D), _f32(delta_bias)
-        self.B, self.C = _shared(B), _shared(C)
+        self.BC = _shared(B, C)
         self.initial, self.alpha = _f32(initial_state), _f32(alpha)
         self.repeats = None if repeats is None else repeats.reshape(-1).int().contiguous()
         self.events, self.event_bounds = events, event_bounds
@@ -785,7 +783,7 @@ def scan_forward(
         start = call.states(call.segments)
         total, summary = call.empty(call.segments, call.dim), call.states(call.segments)
         call.over_segments(
-            *(_summaries, call.u, call.delta, call.A, call.B, None, call.bias, call.repeats),
+            *(_summaries, call.u, call.delta, call.A, call.BC, None, call.bias, call.repeats),
             *(call.cuts, total, summary, call.u.stride(0), call.delta.stride(0), 0),
             ADJOINT=False,
         )
@@ -794,7 +792,7 @@ def scan_forward(
             *(call.events, call.event_bounds, call.alpha, start, last, gap),
         )
     call.over_segments(
-        *(_outputs, call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias),
+        *(_outputs, call.u, call.delta, call.A, call.BC, call.D, call.z, call.bias),
         *(call.repeats, call.cuts, start, y, last if call.one_pass else None),
         *(checkpoints if training else None, call.u.stride(0), call.delta.stride(0)),
         _stride(call.z),
@@ -840,7 +838,7 @@ def scan_backward(
         dh = call.states(call.segments)
         total, summary = call.empty(call.segments, call.dim), call.states(call.segments)
         call.over_segments(
-            *(_summaries, rows, call.delta, call.A, call.C, call.z, call.bias, call.repeats),
+            *(_summaries, rows, call.delta, call.A, call.BC, call.z, call.bias, call.repeats),
             *(call.cuts, total, summary, _stride(rows), call.delta.stride(0), _stride(call.z)),
             ADJOINT=True,
         )
@@ -855,9 +853,9 @@ def scan_backward(
     )
     dA = call.zeros(call.segments)
     dD, dbias = call.empty(2, call.segments, call.dim).zero_()
-    dBC = call.empty(call.blocks, call.tokens, 2, call.B.shape[1])
+    dBC = call.empty(call.blocks, *call.BC.shape)
     call.over_segments(
-        *(_gradients, rows, call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias),
+        *(_gradients, rows, call.u, call.delta, call.A, call.BC, call.D, call.z, call.bias),
         *(call.repeats, call.cuts, checkpoints, dh, du, ddelta, dz, dA, dBC, dD, dbias),
         *(_stride(rows), call.u.stride(0), call.delta.stride(0), _stride(call.z), call.tokens),
         SIZE=1 if call.repeats is not None else 2,
