@@ -20,6 +20,7 @@ from test_kernels import (
 from torch import Tensor
 
 from flexbench.kernels import block_scan, selective_scan
+from flexbench.kernels.block import schedule
 from flexbench.kernels.gpu import INTERPRETED
 
 pytest.importorskip("triton")
@@ -113,6 +114,24 @@ def test_the_same_bits_twice(segment, device):
         values_and_gradients(selective_scan, inputs, device, delta_softplus=True) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_each_device
+def test_what_is_stored_is_known_from_the_shapes(segment, device):
+    """So that `torch.compile` can trace a call."""
+    inputs = {k: v.float().to(device) for k, v in scan_inputs(1, 35, 3, 2, 0, 2).items()}
+    events, event_bounds = schedule(torch.tensor([[0, 0, 7]]).int(), bounds([12, 23]))
+    alpha = torch.rand(1, 3, device=device)
+    nodes = (events.to(device), event_bounds.to(device), alpha)
+    for given, count in (((None, None, None), 0), (nodes, len(events))):
+        packed = bounds([12, 23]).to(device)
+        outputs = kernels.scan_forward(
+            *(inputs[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")),
+            *(True, inputs["initial_state"], packed, None, False, *given, True),
+        )
+        stored = kernels.checkpoint_rows(35, 2, 3, count, inputs["u"].device)
+        assert outputs[2].shape == (stored, 3, 2)
+        assert outputs[3].shape == ((1, 3, 2) if count else (0,))
 
 
 @on_each_device

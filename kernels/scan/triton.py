@@ -776,7 +776,8 @@ def scan_forward(
     )
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last = call.zeros(call.sequences) if call.initial is None else call.initial.clone()
-    checkpoints = call.states(call.tokens // TILE.value + call.segments if training else 0)
+    rows = call.tokens // TILE.value + call.segments
+    checkpoints = call.states(rows) if training else call.empty(0)
     gap = call.states(0 if call.alpha is None else len(call.alpha))
     start = call.initial
     if not call.one_pass:
@@ -798,7 +799,7 @@ def scan_forward(
         _stride(call.z),
         AHEAD=2 if call.groups <= 4 else 0,
     )
-    return y, last, checkpoints, gap if training else gap.new_empty(0)
+    return y, last, checkpoints, gap if training and len(gap) else call.empty(0)
 
 
 def scan_backward(
@@ -860,7 +861,7 @@ def scan_backward(
         *(_stride(rows), call.u.stride(0), call.delta.stride(0), _stride(call.z), call.tokens),
         SIZE=1 if call.repeats is not None else 2,
     )
-    dB, dC = dBC.sum(0)[..., : call.state].unbind(1)
+    dB, dC = (part.contiguous() for part in dBC.sum(0)[..., : call.state].unbind(1))
     found = (
         *((u, du), (delta, ddelta), (A, dA.sum(0)), (B, dB), (C, dC), (D, dD.sum(0)), (z, dz)),
         (delta_bias, dbias.sum(0)),
