@@ -13,6 +13,7 @@ Every sum has a fixed order that depends on shapes and the machine alone: there 
 """
 
 # ruff: noqa: RUF005  (Triton has no iterable unpacking)
+# mypy: disable-error-code="misc, assignment, var-annotated, attr-defined"
 from __future__ import annotations
 
 import functools
@@ -440,7 +441,7 @@ def _undo_events(
     return dh, event
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nodes"])
 def _walk_back(
     A, cuts, bounds, total, summary, dlast, events, event_bounds, alpha, gap,
     end, dinitial, dheld, dalpha,
@@ -488,7 +489,7 @@ def _merge(low, high, bit: tl.constexpr):
     return kept + tl.gather(sent, lane ^ bit, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gradients(
     dout, u, delta, A, BC, D, z, delta_bias, repeats, cuts, checkpoints, dh,
     du, ddelta, dz, dA, dBC, dD, dbias,
@@ -785,7 +786,7 @@ def scan_forward(
         total, summary = call.empty(call.segments, call.dim), call.states(call.segments)
         call.over_segments(
             *(_summaries, call.u, call.delta, call.A, call.BC, None, call.bias, call.repeats),
-            *(call.cuts, total, summary, call.u.stride(0), call.delta.stride(0), 0),
+            *(call.cuts, total, summary, _stride(call.u), _stride(call.delta), 0),
             ADJOINT=False,
         )
         call.over_sequences(
@@ -795,7 +796,7 @@ def scan_forward(
     call.over_segments(
         *(_outputs, call.u, call.delta, call.A, call.BC, call.D, call.z, call.bias),
         *(call.repeats, call.cuts, start, y, last if call.one_pass else None),
-        *(checkpoints if training else None, call.u.stride(0), call.delta.stride(0)),
+        *(checkpoints if training else None, _stride(call.u), _stride(call.delta)),
         _stride(call.z),
         AHEAD=2 if call.groups <= 4 else 0,
     )
@@ -840,7 +841,7 @@ def scan_backward(
         total, summary = call.empty(call.segments, call.dim), call.states(call.segments)
         call.over_segments(
             *(_summaries, rows, call.delta, call.A, call.BC, call.z, call.bias, call.repeats),
-            *(call.cuts, total, summary, _stride(rows), call.delta.stride(0), _stride(call.z)),
+            *(call.cuts, total, summary, _stride(rows), _stride(call.delta), _stride(call.z)),
             ADJOINT=True,
         )
         call.over_sequences(
@@ -858,7 +859,7 @@ def scan_backward(
     call.over_segments(
         *(_gradients, rows, call.u, call.delta, call.A, call.BC, call.D, call.z, call.bias),
         *(call.repeats, call.cuts, checkpoints, dh, du, ddelta, dz, dA, dBC, dD, dbias),
-        *(_stride(rows), call.u.stride(0), call.delta.stride(0), _stride(call.z), call.tokens),
+        *(_stride(rows), _stride(call.u), _stride(call.delta), _stride(call.z), call.tokens),
         SIZE=1 if call.repeats is not None else 2,
     )
     dB, dC = (part.contiguous() for part in dBC.sum(0)[..., : call.state].unbind(1))
