@@ -7,10 +7,10 @@ from torch import Tensor
 
 from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal
 from flexbench.kernels.block.reference import block_scan_reference
-from flexbench.kernels.scan import check_scan
-from flexbench.kernels.scan.cpu import run_scan
+from flexbench.kernels.gpu import triton_refusal
+from flexbench.kernels.scan import check_scan, run_scan
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 OPEN, SWAP, MIX = range(3)
 """What happens to the state at a node's start, middle and end: see scan.cpp."""
@@ -91,15 +91,20 @@ def block_scan(
         alpha = alpha.expand(-1, dim)
         events, bounds = schedule(nodes, cu_seqlens)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, alpha)
-    refusal = {"cpu": cpu_refusal(tensors), "reference": None}
-    if choose("block_scan", backend, BACKENDS, refusal) == "reference":
+    refusal = {
+        "cpu": cpu_refusal(tensors),
+        "triton": triton_refusal((*tensors, cu_blocks, cu_seqlens, repeats, nodes)),
+        "reference": None,
+    }
+    chosen = choose("block_scan", backend, BACKENDS, refusal)
+    if chosen == "reference":
         y, last_state = block_scan_reference(
             *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
             *(initial_state, cu_blocks, cu_seqlens, repeats, nodes, alpha),
         )
     else:
         y, last_state = run_scan(
-            *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+            *(chosen, u, delta, A, B, C, D, z, delta_bias, delta_softplus),
             *(initial_state, cu_seqlens, repeats, False, events, bounds, alpha),
         )
     return (y, last_state) if return_last_state else y

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal
+from flexbench.kernels.gpu import triton_refusal
 from flexbench.kernels.scan import official
-from flexbench.kernels.scan.cpu import run_scan
+from flexbench.kernels.scan.cpu import run_scan as cpu_scan
+from flexbench.kernels.scan.cpu import triton_kernels
 from flexbench.kernels.scan.reference import selective_scan_reference
 
-BACKENDS = ("cpu", "mamba_ssm", "reference")
+BACKENDS = ("cpu", "triton", "mamba_ssm", "reference")
 
 
 def selective_scan(
@@ -71,6 +75,7 @@ def selective_scan(
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     refusal = {
         "cpu": cpu_refusal(tensors),
+        "triton": triton_refusal((*tensors, cu_seqlens, repeats)),
         "mamba_ssm": official.refusal(*tensors, cu_seqlens, repeats, reverse, return_last_state),
         "reference": None,
     }
@@ -84,10 +89,16 @@ def selective_scan(
         )
     else:
         y, last_state = run_scan(
-            *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
+            *(chosen, u, delta, A, B, C, D, z, delta_bias, delta_softplus),
             *(initial_state, cu_seqlens, repeats, reverse, None, None, None),
         )
     return (y, last_state) if return_last_state else y
+
+
+def run_scan(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """y and the last state by a fast backend: the inputs of `scan_forward` up to `alpha`."""
+    run = triton_kernels().run_scan if backend == "triton" else cpu_scan
+    return run(*inputs)
 
 
 def check_scan(

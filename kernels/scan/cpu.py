@@ -1,9 +1,11 @@
-"""The compiled selective scan on the CPU, registered with torch.library."""
+"""The compiled selective scan on the CPU; the operator of torch.library for it and for Triton."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -147,6 +149,16 @@ selective_scan_op = torch.library.custom_op(
 )
 
 
+def triton_kernels() -> ModuleType:
+    """Imported at the first use: Triton is not a requirement."""
+    return import_module("flexbench.kernels.scan.triton")
+
+
+@selective_scan_op.register_kernel("cuda")
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return triton_kernels().scan_forward(*inputs)
+
+
 @selective_scan_op.register_fake
 def _(
     u: Tensor,
@@ -172,12 +184,15 @@ def _(
     state = A.shape[1]
     steps = 0 if events is None else len(events)
     nodes = 0 if alpha is None else len(alpha)
-    tiles = (batch * length // TILE + sequences + steps, state, dim)
+    tiles, gap = (batch * length // TILE + sequences + steps, state, dim), (nodes, state, dim)
+    if u.device.type == "cuda":
+        rows = triton_kernels().checkpoint_rows(batch * length, sequences, dim, steps, u.device)
+        tiles, gap = (rows, dim, state), (nodes, dim, state)
     return (
         torch.empty_like(u, memory_format=torch.contiguous_format),
         u.new_empty(sequences, dim, state, dtype=torch.float32),
         u.new_empty(tiles if training else (0,), dtype=torch.float32),
-        u.new_empty((nodes, state, dim) if training and nodes else (0,), dtype=torch.float32),
+        u.new_empty(gap if training and nodes else (0,), dtype=torch.float32),
     )
 
 
@@ -232,6 +247,11 @@ def scan_backward(
 selective_scan_backward_op = torch.library.custom_op(
     "flexbench::selective_scan_backward", scan_backward, mutates_args=(), device_types="cpu"
 )
+
+
+@selective_scan_backward_op.register_kernel("cuda")
+def _(*inputs: Any) -> list[Tensor]:
+    return triton_kernels().scan_backward(*inputs)
 
 
 @selective_scan_backward_op.register_fake
@@ -300,33 +320,39 @@ selective_scan_op.register_autograd(
 )
 
 
-class EagerScan(torch.autograd.Function):
-    """The op without torch.library's dispatch, which costs half a millisecond a call.
+def runner(
+    forward_kernel: Callable[..., tuple[Tensor, ...]], backward_kernel: Callable[..., list[Tensor]]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function of the inputs of `scan_forward` up to `alpha`, by the quickest way there: y and
+    the last state. Only what asks for gradients keeps what a backward pass needs."""
 
-    `setup_context` would cost ten microseconds more: torch inspects the signature each time.
-    """
+    class Eager(torch.autograd.Function):
+        """The op without torch.library's dispatch, which costs half a millisecond a call.
 
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        outputs = scan_forward(*inputs)
-        _setup_context(ctx, inputs, outputs)
-        return outputs
+        `setup_context` would cost ten microseconds more: torch inspects the signature each time.
+        """
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlast, *_):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, scan_backward, dout, dlast)
+        @staticmethod
+        def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+            outputs = forward_kernel(*inputs)
+            _setup_context(ctx, inputs, outputs)
+            return outputs
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, dout, dlast, *_):  # type: ignore[no-untyped-def]
+            return _gradients(ctx, backward_kernel, dout, dlast)
+
+    def run(*inputs: Any) -> tuple[Tensor, Tensor]:
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        function: Callable[..., tuple[Tensor, ...]] = selective_scan_op
+        if is_eager(tensors):
+            function = Eager.apply if training else forward_kernel
+        y, last_state, *_ = function(*inputs, training)
+        return y, last_state
+
+    return run
 
 
-def run_scan(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """y and the last state: the inputs of `scan_forward` up to `alpha`, by the quickest way there.
-
-    Only what asks for gradients keeps what a backward pass needs.
-    """
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    run: Callable[..., tuple[Tensor, ...]] = selective_scan_op
-    if is_eager(tensors):
-        run = EagerScan.apply if training else scan_forward
-    y, last_state, *_ = run(*inputs, training)
-    return y, last_state
+run_scan = runner(scan_forward, scan_backward)
