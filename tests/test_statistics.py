@@ -88,6 +88,12 @@ def test_equal_models_are_never_told_apart() -> None:
     assert found.verdict(found.p) == "undecided"
 
 
+def test_equal_differences_are_equal_despite_rounding() -> None:
+    found = compare([0.3, 0.7, 0.9], [0.2, 0.6, 0.8])
+    assert found.interval == (found.difference, found.difference)
+    assert found.p == 0.0
+
+
 def test_a_win_needs_both_the_interval_and_the_corrected_p() -> None:
     found = compare([0.50, 0.51, 0.52], [0.40, 0.409, 0.421])
     assert found.interval is not None

@@ -12,6 +12,8 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
+ROUNDING = 1e-12
+"""A smaller deviation is rounding: accuracies are multiples of one over the test examples."""
 
 Interval = tuple[float, float]
 Verdict = Literal["win", "loss", "undecided"]
@@ -42,8 +44,8 @@ def summarise(values: Sequence[float]) -> Summary:
     if n < 2:
         return Summary(mean, None, n, None)
     sd = float(ordered.std(ddof=1))
-    if not sd:
-        return Summary(mean, sd, n, (mean, mean))
+    if sd < ROUNDING:
+        return Summary(mean, 0.0, n, (mean, mean))
     low, high = stats.t.interval(LEVEL, n - 1, loc=mean, scale=stats.sem(ordered))
     return Summary(mean, sd, n, (float(low), float(high)))
 
