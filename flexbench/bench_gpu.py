@@ -11,7 +11,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from flexbench.kernels import causal_conv1d, hzip_fuse, selective_scan
 from flexbench.kernels.conv import official as official_conv
 from flexbench.kernels.gpu import INSTALLED as TRITON
 from flexbench.kernels.scan import official as official_scan
-from flexbench.models import backbone_parameters, match_width, resolve
+from flexbench.models import MixerConfig, backbone_parameters, match_width, resolve
 from flexbench.models.flexblock import BlockType, GuideMap, Route
 from flexbench.models.stack import Backbone
 from flexbench.records import write_atomic, write_json
@@ -45,6 +46,10 @@ LENGTHS = tuple(1024 * 2**i for i in range(7))
 STEP_LENGTHS = (2048, 16384)
 LONGEST_LOOP = 1024
 """The reference of the scan is a loop over steps, and keeps the state at each."""
+CLAIMED = (2048, 16384)
+"""Lengths of which something is claimed: they are measured first."""
+ALIGNED = 32
+"""What widths are rounded to: at others products of bfloat16 matrices are slow, whoever asks."""
 HALF = 2
 """Bytes of a bfloat16."""
 
@@ -59,11 +64,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what each contestant runs, "ours" first."""
+    """One comparison: what makes each contestant's step, "ours" first."""
 
     name: str
     shape: str
-    contestants: dict[str, Step]
+    contestants: Mapping[str, Callable[[], Step]]
     passes: tuple[Pass, ...] = ()
 
 
@@ -117,16 +122,21 @@ def scan_case(batch: int, length: int, backward: bool, device: str) -> Case:
         "delta_bias": torch.full((DIM,), -3.0, device=device),
     }
     ours = partial(selective_scan, delta_softplus=True)
-    contestants = {"ours": run(ours, inputs, backward)}
+    contestants: dict[str, Callable[[], Step]] = {"ours": partial(run, ours, inputs, backward)}
     if official_scan.INSTALLED:
-        interface = import_module("mamba_ssm.ops.selective_scan_interface")
-        theirs = {
-            k: t.transpose(1, 2).contiguous() if t.dim() == 3 else t for k, t in inputs.items()
-        }
-        peer = partial(interface.selective_scan_fn, delta_softplus=True)
-        contestants["official"] = run(peer, theirs, backward)
+
+        def official() -> Step:
+            interface = import_module("mamba_ssm.ops.selective_scan_interface")
+            theirs = {
+                k: t.transpose(1, 2).contiguous() if t.dim() == 3 else t for k, t in inputs.items()
+            }
+            peer = partial(interface.selective_scan_fn, delta_softplus=True)
+            return run(peer, theirs, backward)
+
+        contestants["official"] = official
     if length <= LONGEST_LOOP:
-        contestants["reference"] = run(partial(ours, backend="reference"), inputs, backward)
+        reference = partial(ours, backend="reference")
+        contestants["reference"] = partial(run, reference, inputs, backward)
     elements = batch * length * DIM
     wide, narrow = elements * HALF, batch * length * STATE * HALF
     passes = [Pass(4 * wide + 2 * narrow, elements * STATE)]
@@ -142,16 +152,16 @@ def conv_case(batch: int, length: int, device: str) -> Case:
     weight, bias = torch.randn(DIM, 4, device=device), torch.randn(DIM, device=device)
     inputs = {"x": x, "weight": weight, "bias": bias}
     ours = partial(causal_conv1d, activation="silu")
-    contestants = {"ours": run(ours, inputs, True)}
+    contestants: dict[str, Callable[[], Step]] = {"ours": partial(run, ours, inputs, True)}
     if official_conv.INSTALLED:
-        package = import_module("causal_conv1d")
 
         def peer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            package = import_module("causal_conv1d")
             y: Tensor = package.causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu")
             return y.transpose(1, 2)
 
-        contestants["official"] = run(peer, inputs, True)
-    contestants["reference"] = run(partial(ours, backend="reference"), inputs, True)
+        contestants["official"] = partial(run, peer, inputs, True)
+    contestants["reference"] = partial(run, partial(ours, backend="reference"), inputs, True)
     wide = x.numel() * HALF
     passes = (Pass(2 * wide, x.numel()), Pass(3 * wide, x.numel()))
     name = "causal_conv1d + SiLU, forward + backward"
@@ -171,9 +181,9 @@ def fuse_case(batch: int, length: int, device: str) -> Case:
         "bias": torch.zeros(2, DIM, device=device),
     }
     ours = partial(hzip_fuse, window=1)
-    contestants = {"ours": run(ours, inputs, True)}
+    contestants: dict[str, Callable[[], Step]] = {"ours": partial(run, ours, inputs, True)}
     if batch * length <= TOKENS:
-        contestants["reference"] = run(partial(ours, backend="reference"), inputs, True)
+        contestants["reference"] = partial(run, partial(ours, backend="reference"), inputs, True)
     elements = batch * length * DIM
     wide = elements * HALF
     # Gates need every channel of a step: the readings are read twice in either direction.
@@ -187,14 +197,15 @@ def fuse_case(batch: int, length: int, device: str) -> Case:
 def step_case(batch: int, length: int, device: str) -> Case:
     """A whole training step of each family, "ours" being mamba's.
 
-    bimamba and hzip-lean at mamba's number of parameters, flexblock at its width with a third of
-    the blocks computed, every other one of them in reverse.
+    bimamba and hzip-lean at mamba's number of parameters, as near as widths of whole `ALIGNED`
+    come, flexblock at its width with a third of the blocks computed, every other one of them in
+    reverse.
     """
     stack = StackConfig(d_model=D_MODEL, n_layers=N_LAYERS)
     mamba = resolve("mamba").parse({})
     target = backbone_parameters(mamba, stack)
     mixers = {"ours": mamba} | {
-        name: match_width(resolve(name).parse({}), stack, target)
+        name: rounded(match_width(resolve(name).parse({}), stack, target))
         for name in ("bimamba", "hzip-lean")
     }
     l0 = 64
@@ -208,10 +219,17 @@ def step_case(batch: int, length: int, device: str) -> Case:
     third.router = Follow(Route.by_hand(guide, row_length=length))
     x = torch.randn(batch, length, D_MODEL, device=device)
     contestants = {
-        name: training_step(model.to(device).train(), x, device) for name, model in models.items()
+        name: partial(training_step, model.to(device).train(), x, device)
+        for name, model in models.items()
     }
     shape = f"batch {batch}, length {length}, d_model {D_MODEL}, {N_LAYERS} layers"
     return Case("training step of mamba", shape, contestants)
+
+
+def rounded(mixer: MixerConfig) -> MixerConfig:
+    """The mixer at the nearest width that is aligned."""
+    width = max(1, round((mixer.d_inner or 0) / ALIGNED)) * ALIGNED
+    return mixer.override({"d_inner": width}) if mixer.d_inner is not None else mixer
 
 
 def training_step(model: nn.Module, x: Tensor, device: str) -> Step:
@@ -260,7 +278,7 @@ def milliseconds(step: Step, device: str) -> float:
         step()
         return (time.perf_counter() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1_000_000)
+    torch.cuda._sleep(4_000_000)
     begin.record()
     step()
     end.record()
@@ -268,12 +286,32 @@ def milliseconds(step: Step, device: str) -> float:
     return begin.elapsed_time(end)
 
 
+def warm_up(case: Case, device: str) -> tuple[dict[str, Step], list[str]]:
+    """The contestants, ready to be timed, and what became of others. Ours must not fail."""
+    ready: dict[str, Step] = {}
+    failed = []
+    for name, make in case.contestants.items():
+        try:
+            step = make()
+            for _ in range(WARM_UP):
+                milliseconds(step, device)
+            ready[name] = step
+        except Exception as error:
+            if name == "ours":
+                raise
+            failed.append(f"{case.name}, {case.shape}, {name}: {said(error)}")
+    return ready, failed
+
+
+def said(error: Exception) -> str:
+    """A line of it; all of it goes to the log."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def take_turns(contestants: dict[str, Step], device: str) -> dict[str, list[float]]:
     """Milliseconds of the repetitions of each; a turn begins with one that is not timed."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
-    for step in contestants.values():
-        for _ in range(WARM_UP):
-            milliseconds(step, device)
     spent = dict.fromkeys(contestants, 0.0)
     while waiting := [
         name
@@ -312,8 +350,8 @@ def main(device: str, only: list[str], output: Path | None) -> None:
         if name not in MEASUREMENTS:
             raise UserError(f"unknown measurement '{name}'{did_you_mean(name, MEASUREMENTS)}")
     torch.manual_seed(0)
-    reached = rates(device)
-    found: list[Timing] = []
+    reached, where = rates(device), environment(device)
+    found: dict[int, Timing] = {}
     failed: list[str] = []
     plan = [
         (key, prepare, *shape)
@@ -321,32 +359,51 @@ def main(device: str, only: list[str], output: Path | None) -> None:
         if not only or key in only
         for shape in shapes(lengths)
     ]
-    with tqdm(plan, unit="measurement", file=sys.stderr, leave=False) as bar:
-        for key, prepare, batch, length in bar:
+
+    def write() -> str:
+        timings = [found[i] for i in sorted(found)]
+        text = report(timings, reached, device, failed)
+        if output is not None:
+            facts: dict[str, Any] = {
+                "machine": machine(device),
+                "environment": where,
+                "rates": asdict(reached),
+                "measurements": [asdict(timing) for timing in timings],
+                "failed": failed,
+            }
+            write_json(output, facts)
+            write_atomic(output.with_suffix(".md"), f"{text}\n".encode())
+        return text
+
+    # Claims first, and written at once: a run that is cut off leaves what it has.
+    order = sorted(range(len(plan)), key=lambda i: not claimed(plan[i][0], plan[i][3]))
+    with tqdm(order, unit="measurement", file=sys.stderr, leave=False) as bar:
+        for i in bar:
+            key, prepare, batch, length = plan[i]
             bar.set_description(key)
             try:
-                case = prepare(batch, length, device)
-                taken = take_turns(case.contestants, device)
-            except torch.OutOfMemoryError:
-                failed.append(f"{key}, batch {batch}, length {length}: out of memory")
-                continue
-            medians = {name: statistics.median(times) for name, times in taken.items()}
-            counts = {name: len(times) for name, times in taken.items()}
-            floor = reached.floor(case.passes)
-            found.append(Timing(case.name, case.shape, medians, floor, counts))
-            del case
-    text = report(found, reached, device, failed)
-    print(text)
-    if output is not None:
-        facts: dict[str, Any] = {
-            "machine": machine(device),
-            "environment": environment(device),
-            "rates": asdict(reached),
-            "measurements": [asdict(timing) for timing in found],
-            "failed": failed,
-        }
-        write_json(output, facts)
-        write_atomic(output.with_suffix(".md"), f"{text}\n".encode())
+                found[i], lost = measure(prepare, batch, length, device, reached)
+                failed += lost
+            except Exception as error:  # what fails must not cost the rest
+                failed.append(f"{key}, batch {batch}, length {length}: {said(error)}")
+            write()
+    print(write())
+
+
+def measure(
+    prepare: Callable[[int, int, str], Case], batch: int, length: int, device: str, reached: Rates
+) -> tuple[Timing, list[str]]:
+    """One comparison, and what became of contestants that failed."""
+    case = prepare(batch, length, device)
+    contestants, lost = warm_up(case, device)
+    taken = take_turns(contestants, device)
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    counts = {name: len(times) for name, times in taken.items()}
+    return Timing(case.name, case.shape, medians, reached.floor(case.passes), counts), lost
+
+
+def claimed(key: str, length: int) -> bool:
+    return key in ("scan", "step") and length in CLAIMED
 
 
 def report(found: list[Timing], reached: Rates, device: str, failed: list[str]) -> str:

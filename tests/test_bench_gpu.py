@@ -77,6 +77,9 @@ def test_the_claims_are_read_off_what_was_measured(capsys):
         (2.0, "<=", 3.0),
         (1.5, "<=", 1.25),
     ]
-    assert f"{long}: not measured" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"scan, {long}: not measured" in said
+    assert f"training steps, {long}: not measured" in said
+    assert len(claims({"measurements": facts[:1]})) == 2
     facts += [{**fact, "shape": fact["shape"].replace(short, long)} for fact in facts]
     assert len(claims({"measurements": facts})) == 7

@@ -98,6 +98,19 @@ def test_conv_of_half_precision_with_float32_weights(device, dtype):
     torch.testing.assert_close(y.cpu(), wanted.to(dtype), rtol=1e-2, atol=1e-3)
 
 
+@on_each_device
+def test_strided_parameters_and_bounds(device):
+    inputs = conv_inputs(1, 9, 5, 2)
+    lengths = bounds([4, 5])
+    wanted = causal_conv1d(**inputs, cu_seqlens=lengths)
+    given = {k: v.to(device).float() for k, v in inputs.items()}
+    for name in ("weight", "bias"):
+        given[name] = given[name].repeat_interleave(2, 0)[::2]
+    strided = lengths.to(device).repeat_interleave(2)[::2]
+    y = causal_conv1d(**given, cu_seqlens=strided, backend="triton")
+    torch.testing.assert_close(y.cpu(), wanted.float())
+
+
 def test_refused_away_from_a_gpu():
     inputs = conv_inputs(1, 4, 3, 4)
     with pytest.raises(ValueError, match="'triton' cannot serve this call: it computes in float32"):

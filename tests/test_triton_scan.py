@@ -13,6 +13,7 @@ from test_kernels import (
     F64,
     assert_close,
     bounds,
+    compiled,
     outputs_and_gradients,
     poison,  # noqa: F401  (what a kernel forgets to write shows as NaN)
     scan_inputs,
@@ -237,3 +238,22 @@ def test_everything_listed_for_compilation_is_complete():
     for _, kernel, signature, constexprs, _ in listed:
         assert {*signature, *constexprs} == set(kernel.arg_names)
         assert not signature.keys() & constexprs.keys()
+
+
+@compiled
+@on_each_device
+def test_compiles_without_graph_breaks(monkeypatch, device):
+    """Traced on the CPU, the operator is the CPU's."""
+    monkeypatch.undo()
+    inputs = {k: v.float().to(device) for k, v in scan_inputs(2, 20, 8, 4).items()}
+
+    def step(**x: Tensor) -> Tensor:
+        x["u"] = selective_scan(**x, delta_softplus=True, backend="triton")
+        x = {k: v[:1] if v.dim() == 3 else v for k, v in x.items()}
+        cuts = torch.tensor([0, 7, 20], dtype=torch.int32, device=device)
+        return block_scan(**x, cu_blocks=cuts, delta_softplus=True, backend="triton")
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, fullgraph=True, backend="aot_eager")
+    wanted = outputs_and_gradients(step, inputs, torch.float32)
+    assert_close(outputs_and_gradients(fast, inputs, torch.float32), wanted)

@@ -141,6 +141,14 @@ def _backward(
     tl.store(at + WIDTH * dim, tl.sum(sum_bias, 0), mask=channel < dim)
 
 
+def _readable(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What the kernels read, as they read it."""
+    bias, cu_seqlens = (None if t is None else t.contiguous() for t in (bias, cu_seqlens))
+    return last_contiguous(x), weight.contiguous(), bias, cu_seqlens
+
+
 def conv_forward(
     x: Tensor,
     weight: Tensor,
@@ -149,17 +157,18 @@ def conv_forward(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    x, weight = last_contiguous(x), weight.contiguous()
+    x, weight, bias, cu_seqlens = _readable(x, weight, bias, cu_seqlens)
     batch, length, dim = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         grid = (batch * triton.cdiv(length, STEPS), triton.cdiv(dim, CHANNELS))
-        _forward[grid](
-            *(x, weight, bias, y, cu_seqlens, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
-            *(length, dim, x.stride(0), x.stride(1), weight.shape[1], silu, reverse),
-            *(STEPS, CHANNELS),
-            **OPTIONS,
-        )
+        with torch.cuda.device_of(x):
+            _forward[grid](
+                *(x, weight, bias, y, cu_seqlens, 0 if cu_seqlens is None else len(cu_seqlens) - 1),
+                *(length, dim, x.stride(0), x.stride(1), weight.shape[1], silu, reverse),
+                *(STEPS, CHANNELS),
+                **OPTIONS,
+            )
     return y
 
 
@@ -173,23 +182,27 @@ def conv_backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (empty where there is no bias)."""
-    dy, x, weight = last_contiguous(dy), last_contiguous(x), weight.contiguous()
+    x, weight, bias, cu_seqlens = _readable(x, weight, bias, cu_seqlens)
+    dy = last_contiguous(dy)
     batch, length, dim = x.shape
     width = weight.shape[1]
     chunks = batch * triton.cdiv(length, CHUNK)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(chunks, width + 1, dim, dtype=torch.float32, device=x.device)
     if dx.numel():
-        _backward[(chunks, triton.cdiv(dim, CHANNELS))](
-            *(dy, x, weight, bias, dx, partial, cu_seqlens),
-            *(0 if cu_seqlens is None else len(cu_seqlens) - 1, length, dim),
-            *(dy.stride(0), dy.stride(1), x.stride(0), x.stride(1)),
-            *(width, silu, reverse, CHUNK, STEPS, CHANNELS),
-            **OPTIONS,
-        )
+        with torch.cuda.device_of(x):
+            _backward[(chunks, triton.cdiv(dim, CHANNELS))](
+                *(dy, x, weight, bias, dx, partial, cu_seqlens),
+                *(0 if cu_seqlens is None else len(cu_seqlens) - 1, length, dim),
+                *(dy.stride(0), dy.stride(1), x.stride(0), x.stride(1)),
+                *(width, silu, reverse, CHUNK, STEPS, CHANNELS),
+                **OPTIONS,
+            )
     sums = partial.sum(0)
     dbias = x.new_empty(0, dtype=torch.float32) if bias is None else sums[width].to(bias.dtype)
-    return dx, sums[:width].T.to(weight.dtype).contiguous(), dbias
+    # A copy whatever the shape: what an operator returns may not share memory.
+    dweight = sums[:width].T.to(weight.dtype).clone(memory_format=torch.contiguous_format)
+    return dx, dweight, dbias
 
 
 TritonConv = eager(conv_forward, conv_backward)

@@ -697,7 +697,7 @@ class _Call:
         self.units = 0 if up is None else 2 * up.shape[2]
         self.plan = _plan(y_f, self.inputs["taps"], up, window)
         self.features = (self.plan["WIDTH"] > 0) + 2 * (window > 0)
-        self.inputs["cu_seqlens"] = cu_seqlens
+        self.inputs["cu_seqlens"] = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.inputs["sequences"] = 0 if cu_seqlens is None else len(cu_seqlens) - 1
         self.inputs |= {"length": self.length, "dim": self.dim, "units": self.units}
         self.take(**{letter: self.inputs[name] for name, letter in LETTERS.items()})
@@ -716,13 +716,19 @@ class _Call:
         known = self.inputs | self.plan | TILE | options
         blocks = triton.cdiv(self.length, steps or known["STEPS"])
         grid = (self.batch * blocks, triton.cdiv(self.dim, known["CHANNELS"]))
-        kernel[grid](**{name: known[name] for name in kernel.arg_names}, **OPTIONS)
+        self._run(kernel, grid, known, OPTIONS)
 
     def sum(self, kernel: Any, **options: Any) -> None:
         """A program for each tile's steps, which walks over all channels."""
         known = self.inputs | self.plan | SUMMING | options
         grid = (self.batch * triton.cdiv(self.length, known["STEPS"]),)
-        kernel[grid](**{name: known[name] for name in kernel.arg_names}, **SUMMING_OPTIONS)
+        self._run(kernel, grid, known, SUMMING_OPTIONS)
+
+    def _run(
+        self, kernel: Any, grid: tuple[int, ...], known: dict[str, Any], options: dict[str, int]
+    ) -> None:
+        with torch.cuda.device_of(self.inputs["y_f"]):
+            kernel[grid](**{name: known[name] for name in kernel.arg_names}, **options)
 
     def hidden(self, options: dict[str, Any], normalise: bool) -> None:
         """Runs `_hidden` where there is something to sum over channels."""

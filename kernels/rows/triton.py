@@ -64,9 +64,10 @@ def run(x: Tensor, start: Tensor, count: Tensor, rows: int, gather: bool, mean: 
         made = torch.zeros(rows, dim, dtype=x.dtype, device=x.device)
     if runs and dim:
         grid = (triton.cdiv(runs, TILE["RUNS"]), triton.cdiv(dim, TILE["CHANNELS"]))
-        (_gather if gather else _scatter)[grid](
-            x, made, start, count, runs, dim, x.stride(0), mean, **TILE, **OPTIONS
-        )
+        with torch.cuda.device_of(x):
+            (_gather if gather else _scatter)[grid](
+                x, made, start, count, runs, dim, x.stride(0), mean, **TILE, **OPTIONS
+            )
     return made
 
 

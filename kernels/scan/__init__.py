@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal
+from flexbench.kernels.backends import check_cu_seqlens, choose, cpu_refusal, is_eager
 from flexbench.kernels.gpu import triton_refusal
 from flexbench.kernels.scan import official
 from flexbench.kernels.scan.cpu import run_scan as cpu_scan
@@ -96,9 +96,13 @@ def selective_scan(
 
 
 def run_scan(backend: str, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """y and the last state by a fast backend: the inputs of `scan_forward` up to `alpha`."""
-    run = triton_kernels().run_scan if backend == "triton" else cpu_scan
-    return run(*inputs)
+    """y and the last state by a fast backend: the inputs of `scan_forward` up to `alpha`.
+
+    Traced, either is the operator, which goes by the device: a trace cannot pass an import.
+    """
+    if backend == "triton" and is_eager([t for t in inputs if isinstance(t, Tensor)]):
+        return triton_kernels().run_scan(*inputs)
+    return cpu_scan(*inputs)
 
 
 def check_scan(

@@ -245,7 +245,7 @@ def _load_BC(BC, row, room, t, STATE: tl.constexpr, sign: tl.constexpr):
     return shared
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _outputs(
     u, delta, A, BC, D, z, delta_bias, repeats, cuts, start,
     y, last, checkpoints,
@@ -308,7 +308,7 @@ def _outputs(
         _store_states(last, segment, d, dim, STATE, h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _summaries(
     u, delta, A, BC, z, delta_bias, repeats, cuts,
     total, summary,
@@ -377,7 +377,7 @@ def _pass_events(
     return h, event
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _walk(
     A, cuts, bounds, total, summary, initial, events, event_bounds, alpha,
     start, last, gap,
@@ -441,7 +441,7 @@ def _undo_events(
     return dh, event
 
 
-@triton.jit(do_not_specialize=["nodes"])
+@triton.jit(do_not_specialize=["nodes", "blocks"])
 def _walk_back(
     A, cuts, bounds, total, summary, dlast, events, event_bounds, alpha, gap,
     end, dinitial, dheld, dalpha,
@@ -489,7 +489,7 @@ def _merge(low, high, bit: tl.constexpr):
     return kept + tl.gather(sent, lane ^ bit, 0)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "blocks"])
 def _gradients(
     dout, u, delta, A, BC, D, z, delta_bias, repeats, cuts, checkpoints, dh,
     du, ddelta, dz, dA, dBC, dD, dbias,
@@ -862,7 +862,9 @@ def scan_backward(
         *(_stride(rows), _stride(call.u), _stride(call.delta), _stride(call.z), call.tokens),
         SIZE=1 if call.repeats is not None else 2,
     )
-    dB, dC = (part.contiguous() for part in dBC.sum(0)[..., : call.state].unbind(1))
+    # Copies whatever the shape: what an operator returns may not share memory.
+    shares = dBC.sum(0)[..., : call.state].unbind(1)
+    dB, dC = (part.clone(memory_format=torch.contiguous_format) for part in shares)
     found = (
         *((u, du), (delta, ddelta), (A, dA.sum(0)), (B, dB), (C, dC), (D, dD.sum(0)), (z, dz)),
         (delta_bias, dbias.sum(0)),
