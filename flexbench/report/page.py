@@ -269,7 +269,10 @@ def _line(row: Row, *, older: bool = False) -> Line:
     cells["seeds"] = Cell(
         shown["seeds"],
         len(row.accuracies),
-        tuple((path, f"seed {seed}") for seed, path in record.items()),
+        tuple(
+            (path, f"{seed}" if place else f"seed {seed}")
+            for place, (seed, path) in enumerate(record.items())
+        ),
     )
     detail = ", ".join(row.variant)
     order = ["model", "task", *(title for title in cells if title not in ("model", "task"))]
