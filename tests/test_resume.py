@@ -132,7 +132,7 @@ def test_unusable_checkpoint_starts_the_trial_again(
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "pickle":
-        torch.save({"schema": 1, "key": config.hash, "state": press_ctrl_c}, path)
+        torch.save({"schema": 2, "key": config.hash, "state": press_ctrl_c}, path)
     else:
         found = torch.load(path, weights_only=True)
         found["key"] = "another" if damage == "foreign" else found["key"]

@@ -10,7 +10,7 @@ import torch
 
 from flexbench.records import write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Unusable(Exception):
