@@ -198,7 +198,13 @@ class AblationRecord(StrictModel):
 
 
 class TaskRecord(StrictModel):
-    """Facts of a task at given options: what a score is to be judged against."""
+    """Facts of a task at given options: what a score is to be judged against.
+
+    Attributes:
+        trivial: test accuracy of predictors that learn next to nothing, by name.
+        asked: positions asked in each test example, in order: one number where all ask as many.
+            None in records from before it was kept; the next run makes them again.
+    """
 
     schema_version: int = SCHEMA
     suite: str
@@ -209,6 +215,7 @@ class TaskRecord(StrictModel):
     metric: str
     chance: float
     trivial: dict[str, float]
+    asked: int | tuple[int, ...] | None = None
     data_source: dict[str, str]
     license: str = ""
 

@@ -345,6 +345,7 @@ def test_task_facts_are_worked_out_once(
     sweep(tmp_path, planned())
     (fact,) = scan(tmp_path, TaskRecord, [])
     assert fact.trivial == {"majority": 0.5}
+    assert fact.asked == 1
     assert fact.data_source == {"kind": "synthetic", "detail": "a seed"}
     monkeypatch.delattr(toys.Toy, "trivial_predictors")
     sweep(tmp_path, planned())

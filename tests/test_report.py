@@ -180,6 +180,7 @@ def facts(results: Path, task: str = "listing", trivial: float = 0.3, **changes:
         "metric": "accuracy",
         "chance": 0.1,
         "trivial": {"majority": 0.12, "majority given the root operator": trivial},
+        "asked": 1,
         "data_source": {"kind": "regenerated", "detail": "published generator, seed 0"},
         "license": "Apache-2.0",
     }
@@ -632,10 +633,36 @@ def test_pairs_never_mix_conditions(tmp_path: Path) -> None:
 def test_one_seed_is_bootstrapped_over_examples_and_undecided(tmp_path: Path) -> None:
     trial(tmp_path, 0.3)
     trial(tmp_path, 0.9, model="bimamba")
+    facts(tmp_path)
     (pair,) = pairs(only(tmp_path))
     assert pair.verdict == "undecided"
     assert pair.comparison.bootstrap is not None
     assert 0.4 < pair.comparison.bootstrap[0] < 0.6 < pair.comparison.bootstrap[1] < 0.8
+
+
+def test_the_bootstrap_draws_sequences_and_none_where_they_are_not_known(tmp_path: Path) -> None:
+    trial(tmp_path, 0.3)
+    trial(tmp_path, 0.9, model="bimamba")
+    intervals = {}
+    for asked in (1, 20, (EXAMPLES - 1, 1), None, 7):
+        facts(tmp_path, asked=asked)
+        (pair,) = pairs(only(tmp_path))
+        intervals[asked] = pair.comparison.bootstrap
+    assert intervals[None] is intervals[7] is None
+    known = {intervals[asked] for asked in (1, 20, (EXAMPLES - 1, 1))}
+    assert len(known) == 3
+    assert all(found and found[0] < 0.6 < found[1] for found in known)
+    facts(tmp_path, asked=(1, -1))
+    assert "asks nothing" in collect(tmp_path)[1][0]
+
+
+def test_a_sequence_counts_once_against_the_trivial_predictors(tmp_path: Path) -> None:
+    trial(tmp_path, 0.5)
+    found = {}
+    for asked in (1, 20):
+        facts(tmp_path, trivial=0.43, asked=asked)
+        found[asked] = only(tmp_path).rows[0].beats_trivial
+    assert found == {1: "yes", 20: "unclear"}
 
 
 def test_holm_counts_every_comparison_of_the_table(tmp_path: Path) -> None:

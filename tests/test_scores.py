@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flexbench.config import StackConfig
 from flexbench.harness import plan
-from flexbench.harness.scores import Answers, accuracy, f1, matthews, scores
+from flexbench.harness.scores import Answers, accuracy, asked, f1, matthews, scores
 from flexbench.harness.trial import train_trial
 from flexbench.interface import IGNORED, Batch, ProblemSpec
 from flexbench.models import build, resolve
@@ -52,6 +52,24 @@ def test_a_problem_has_the_scores_of_its_shape():
     assert set(scores(some, two)) == {"accuracy", "mcc", "f1"}
     assert set(scores(some, replace(two, classes=3))) == {"accuracy", "mcc"}
     assert set(scores(some, replace(two, output="token"))) == {"accuracy"}
+
+
+@pytest.mark.parametrize(("counts", "expected"), [([2, 0, 3], (2, 0, 3)), ([2, 2, 2], 2)])
+def test_asked_positions_are_counted_by_example(monkeypatch, counts, expected):
+    class Counted:
+        def __len__(self):
+            return len(counts)
+
+        def batch(self, indices):
+            labels = torch.full((len(indices), 4), IGNORED)
+            for row, index in enumerate(indices):
+                labels[row, : counts[index]] = 1
+            return Batch(torch.zeros(len(indices), 4, dtype=torch.long), labels)
+
+    monkeypatch.setattr("flexbench.harness.scores.CHUNK", 2)
+    spec = ProblemSpec("tokens", classes=3, max_length=4, vocab_size=4, output="token")
+    assert asked(Counted(), spec) == expected
+    assert asked(Counted(), replace(spec, output="sequence")) == 1
 
 
 @pytest.mark.parametrize("lengths", [None, [5, 3]])

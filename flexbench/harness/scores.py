@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexbench.interface import ProblemSpec
+from flexbench.interface import IGNORED, ProblemSpec
+from flexbench.tasks.base import Split
+
+CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ class Answers:
 
 def accuracy(answers: Answers) -> float:
     return float(answers.correct.mean())
+
+
+def asked(split: Split, spec: ProblemSpec) -> int | tuple[int, ...]:
+    """Positions asked in each example of a split, in order; one number where all ask as many."""
+    if spec.output == "sequence":
+        return 1
+    counts: list[int] = []
+    for start in range(0, len(split), CHUNK):
+        batch = split.batch(np.arange(start, min(start + CHUNK, len(split))))
+        counts += (batch.labels != IGNORED).sum(1).tolist()
+    return counts[0] if len(set(counts)) == 1 else tuple(counts)
 
 
 def matthews(answers: Answers) -> float:

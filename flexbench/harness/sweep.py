@@ -14,6 +14,7 @@ from flexbench.config import PRESETS, Preset, StackConfig, TrainingConfig, diges
 from flexbench.errors import DataUnavailable, UserError, did_you_mean
 from flexbench.harness.events import Done, Notice, Observer, Stage, Step, label
 from flexbench.harness.executor import Executor, Lost, Postponed
+from flexbench.harness.scores import asked
 from flexbench.harness.speed import SpeedFailed, measure
 from flexbench.harness.trial import merit, record_loss, settled, train_trial
 from flexbench.kernels import build
@@ -362,9 +363,13 @@ def _write_facts(
     except ValueError as error:
         observe(Notice(f"{error}; it is made again"))
         known = None
-    if known is None:
+    if known is None or known.asked is None:
         data = task.load(store)
-        found = {"trivial": task.trivial_predictors(data), "data_source": asdict(data.source)}
+        found = {
+            "trivial": task.trivial_predictors(data),
+            "asked": asked(data.test, data.spec),
+            "data_source": asdict(data.source),
+        }
         write_json(path, empty.model_copy(update=found))
 
 

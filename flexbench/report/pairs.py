@@ -58,16 +58,18 @@ def against(matches: Iterable[tuple[Row, Row | None]]) -> list[Pair]:
 
 
 def _bootstrap(row: Row, baseline: Row, seeds: list[int]) -> Interval | None:
-    """None where the answers were not kept or are not of the same test set."""
+    """None where the answers, or whose they are, were not kept or are not of the same test set."""
     if row.config.task_options != baseline.config.task_options:
         return None
-    ours = [row.correct.get(seed) for seed in seeds]
-    theirs = [baseline.correct.get(seed) for seed in seeds]
-    known = [array for array in ours + theirs if array is not None]
+    answers = [each.correct.get(seed) for each in (row, baseline) for seed in seeds]
+    known = [array for array in answers if array is not None]
     if (
         len(known) < 2 * len(seeds)
         or len({array.size for array in known}) != 1
         or not known[0].size
+        or row.asked is None
+        or row.asked.sum() != known[0].size
     ):
         return None
-    return paired_bootstrap(np.stack(known[: len(seeds)]), np.stack(known[len(seeds) :]))
+    ours, theirs = np.stack(known[: len(seeds)]), np.stack(known[len(seeds) :])
+    return paired_bootstrap(ours, theirs, row.asked)

@@ -115,6 +115,15 @@ class Row:
         return summarise(list(self.accuracies.values())) if self.accuracies else None
 
     @cached_property
+    def asked(self) -> NDArray[np.int64] | None:
+        """Positions asked in each test example, in the order of `correct`; None where not known."""
+        asked = self.facts.asked if self.facts else None
+        if isinstance(asked, int):
+            answers = next(iter(self.correct.values()), np.empty(0))
+            return np.full(answers.size // asked, asked)
+        return None if asked is None else np.asarray(asked)
+
+    @cached_property
     def best_trivial(self) -> tuple[str, float] | None:
         """Name and test accuracy of the strongest trivial predictor."""
         trivial = self.facts.trivial if self.facts else {}
@@ -124,7 +133,8 @@ class Row:
     def beats_trivial(self) -> str:
         """ "yes", "unclear" (above it, but within the noise), "no", or "" where not known.
 
-        The noise is the 95 % interval over seeds, or for one seed that of the finite test set.
+        The noise is the 95 % interval over seeds, or for one seed that of the finite test set, an
+        example counted once however much it asks.
         """
         if self.summary is None or self.best_trivial is None:
             return ""
@@ -136,7 +146,8 @@ class Row:
             low = self.summary.interval[0]
         elif self.correct:
             (answers,) = self.correct.values()
-            low = proportion_interval(int(answers.sum()), answers.size)[0]
+            examples = len(self.asked) if self.asked is not None else answers.size
+            low = proportion_interval(int(answers.mean() * examples), examples)[0]
         return "yes" if low is not None and low > bar else "unclear"
 
     @property
@@ -365,8 +376,10 @@ def _fault(record: Record) -> str:
 
 
 def _fault_of_facts(facts: TaskRecord) -> str:
-    sound = all(0 <= share <= 1 for share in (facts.chance, *facts.trivial.values()))
-    return "" if sound else "an accuracy outside [0, 1]"
+    if not all(0 <= share <= 1 for share in (facts.chance, *facts.trivial.values())):
+        return "an accuracy outside [0, 1]"
+    asked = facts.asked if isinstance(facts.asked, tuple) else (facts.asked or 1,)
+    return "" if min(asked, default=0) >= 0 < sum(asked) else "a test set that asks nothing"
 
 
 def _fault_of_speed(speed: SpeedRecord) -> str:

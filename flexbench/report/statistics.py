@@ -62,8 +62,9 @@ class Comparison:
 
     Attributes:
         difference: mean of the differences seed by seed.
-        interval: 95 % paired t interval over seeds, None for one seed.
-        p: two-sided p-value of the paired t test, None for one seed.
+        interval: 95 % paired t interval over seeds. None for one seed, and where all seeds differ
+            by the same and not by nothing: t has no value there.
+        p: two-sided p-value of the paired t test, None where there is no interval.
         n: number of shared seeds.
         bootstrap: 95 % percentile interval of the paired bootstrap over seeds and test examples
             (over examples alone for one seed); None where the examples were not kept.
@@ -90,12 +91,14 @@ def compare(
     if len(model) != len(baseline) or not len(model):
         raise ValueError("a paired comparison needs equally many values, at least one")
     summary = summarise([a - b for a, b in zip(model, baseline, strict=True)])
-    p = None
+    interval, p = summary.interval, None
     if summary.sd:
         p = float(stats.ttest_rel(model, baseline).pvalue)
-    elif summary.sd is not None:  # the t statistic has no value where all differences are equal
-        p = 0.0 if summary.mean else 1.0
-    return Comparison(summary.mean, summary.interval, p, summary.n, bootstrap)
+    elif abs(summary.mean) >= ROUNDING:
+        interval = None
+    elif interval:
+        p = 1.0
+    return Comparison(summary.mean, interval, p, summary.n, bootstrap)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -110,27 +113,35 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def paired_bootstrap(
-    model: NDArray[np.bool_], baseline: NDArray[np.bool_], resamples: int = RESAMPLES
+    model: NDArray[np.bool_],
+    baseline: NDArray[np.bool_],
+    asked: NDArray[np.int64],
+    resamples: int = RESAMPLES,
 ) -> Interval:
     """95 % percentile interval of the difference of two accuracies.
 
     Each resample draws seeds and, independently, test examples with replacement, the same ones for
-    both models; with one seed only the examples vary. The draws are fixed, so the same arrays give
-    the same interval.
+    both models; with one seed only the examples vary. An example is drawn with all of its answers,
+    which err together. The draws are fixed, so the same arrays give the same interval.
 
     Args:
-        model, baseline: (seeds, examples), whether each test example was answered correctly.
+        model, baseline: (seeds, answers), whether each was correct, those of an example together.
+        asked: (examples,), answers of each example, in order.
     """
     if model.shape != baseline.shape or model.ndim != 2 or not model.size:
-        raise ValueError("the bootstrap needs two equal, non-empty (seeds, examples) arrays")
-    difference = model.astype(np.float32) - baseline.astype(np.float32)
-    seeds, examples = difference.shape
+        raise ValueError("the bootstrap needs two equal, non-empty (seeds, answers) arrays")
+    if asked.sum() != model.shape[1]:
+        raise ValueError(f"{model.shape[1]} answers to {asked.sum()} questions")
+    difference = model.astype(np.float64) - baseline.astype(np.float64)
+    sizes = asked[asked > 0]
+    seeds, examples = len(difference), len(sizes)
+    sums = np.add.reduceat(difference, np.cumsum(sizes) - sizes, axis=1)
     random = np.random.default_rng(0)
     draws = np.empty(resamples)
     for i in range(resamples):
         times = np.bincount(random.integers(examples, size=examples), minlength=examples)
-        chosen = difference[random.integers(seeds, size=seeds)]
-        draws[i] = (chosen @ times.astype(np.float32)).mean() / examples
+        chosen = sums[random.integers(seeds, size=seeds)]
+        draws[i] = (chosen @ times).mean() / (sizes @ times)
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
