@@ -15,6 +15,7 @@ from flexbench.errors import DataUnavailable, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from flexbench.harness import Plan, SweepResult
+    from flexbench.report import Report
     from flexbench.tasks.base import Task
     from flexbench.tasks.store import Store
 
@@ -161,9 +162,9 @@ def run(
     executor = harness.make_executor(workers, device=plan.device)
     with ProgressBars() as observe:
         result = harness.run(plan, results=results, store=store, executor=executor, observe=observe)
-    written = report.write(results)
-    _print(written.tables.get((suite, preset), ""))
-    _say_written(written, results)
+    found = report.read(results)
+    _print(found.tables.get((suite, preset), ""))
+    _draw(found)
     return _verdict(result)
 
 
@@ -201,9 +202,9 @@ def ablate(
         record, result = harness.run_ablation(
             planned, results=results, store=store, executor=executor, observe=observe
         )
-    written = report.write(results)
-    _print(written.ablations[record.name, record.preset])
-    _say_written(written, results)
+    found = report.read(results)
+    _print(found.ablations[record.name, record.preset])
+    _draw(found)
     return _verdict(result)
 
 
@@ -257,9 +258,9 @@ def report_command(results: Results = Path("results")) -> None:
     """Make tables and plots again from the records on disk."""
     from flexbench import report
 
-    written = report.write(results)
-    _print("\n\n".join([*written.tables.values(), *written.ablations.values()]))
-    _say_written(written, results)
+    found = report.read(results)
+    _print("\n\n".join([*found.tables.values(), *found.ablations.values()]))
+    _draw(found)
 
 
 @app.command("ls", rich_help_panel="Inspect", epilog=_examples("ls", "ls tasks"))
@@ -441,10 +442,14 @@ def _verdict(result: SweepResult) -> int:
     return 1 if failed else 0
 
 
-def _say_written(written: Any, results: Path) -> None:
-    for line in written.skipped:
+def _draw(report: Report) -> None:
+    """Write what is derived, after the table: it takes a while where there are many records."""
+    for line in report.skipped:
         _complain(f"left out: {line}")
-    _print(f"\n{len(written.files)} tables and plots in {results}; all of it: {results}/index.html")
+    sys.stdout.flush()
+    files = report.write()
+    where = report.results
+    _print(f"\n{len(files)} tables and plots in {where}; all of it: {where}/index.html")
 
 
 def _print(text: str) -> None:

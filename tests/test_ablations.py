@@ -191,7 +191,7 @@ def test_the_command(toys: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert "Is a wider mixer better?" in text
     assert [line.split()[1] for line in text.splitlines() if line.startswith("toy/toy")] == [
-        "(baseline)",
+        "toys:Mixer",
         "wide",
         "seer",
     ]

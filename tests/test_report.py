@@ -86,7 +86,7 @@ def drawn(_toy_suite: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sweep(results)
     trial(results, 0.5, model="my.own:Mixer")
     trial(results, 0.5, suite="other", task="else", preset="small")
-    report.write(results)
+    report.read(results).write()
     return results
 
 
@@ -555,8 +555,7 @@ def test_a_record_that_contradicts_itself_is_named(
     plain["metrics"] = {**(plain["metrics"] or {}), **metrics}
     path = record.config.directory(tmp_path) / "record.json"
     path.write_text(json.dumps(plain))
-    written = report.write(tmp_path)
-    (line,) = written.skipped
+    (line,) = report.read(tmp_path).skipped
     assert str(path.parent) in line
 
 
@@ -571,10 +570,11 @@ def test_no_name_in_a_record_leads_a_file_elsewhere(tmp_path: Path, name: str) -
     strange = foreign.config.model_copy(update={"suite": name})
     text = foreign.model_copy(update={"config": strange, "hash": strange.hash})
     write_json(foreign.config.directory(results) / "record.json", text)
-    written = report.write(results)
-    assert len(written.skipped) == 2
+    found = report.read(results)
+    assert len(found.skipped) == 2
+    files = found.write()
     assert [each.name for each in tmp_path.iterdir()] == ["results"]
-    derived = {each.relative_to(results).as_posix() for each in written.files}
+    derived = {each.relative_to(results).as_posix() for each in files}
     assert derived == {name for name in bytes_of(results) if name != "derived.txt"}
 
 
@@ -679,7 +679,7 @@ def test_holm_counts_every_comparison_of_the_table(tmp_path: Path) -> None:
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         populate(tmp_path / name)
-        report.write(tmp_path / name)
+        report.read(tmp_path / name).write()
     first = bytes_of(tmp_path / "a")
     assert first == bytes_of(tmp_path / "b")
     assert sorted(first) == [
@@ -700,18 +700,18 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 def test_what_is_derived_can_be_deleted(tmp_path: Path) -> None:
     trial(tmp_path, 0.5)
     sweep(tmp_path)
-    report.write(tmp_path)
+    report.read(tmp_path).write()
     first = bytes_of(tmp_path)
     for name in first:
         (tmp_path / name).unlink()
-    report.write(tmp_path)
+    report.read(tmp_path).write()
     assert bytes_of(tmp_path) == first
 
 
 def test_what_no_record_stands_behind_is_removed_and_nothing_else(tmp_path: Path) -> None:
     trial(tmp_path, 0.5)
     sweep(tmp_path)
-    report.write(tmp_path)
+    report.read(tmp_path).write()
     (tmp_path / "tables" / "notes.md").write_text("my own")
     (tmp_path / "plots" / "mine.png").write_text("my own")
     (tmp_path / "keep.txt").write_text("my own")
@@ -719,7 +719,7 @@ def test_what_no_record_stands_behind_is_removed_and_nothing_else(tmp_path: Path
         manifest.write("keep.txt\n../escape.txt\ntables/../keep.txt\nruns\n")
     assert (tmp_path / "plots" / "ablation-l0-quick-effect.png").exists()
     (tmp_path / "ablations" / "l0" / "quick.json").unlink()
-    report.write(tmp_path)
+    report.read(tmp_path).write()
     assert not list((tmp_path / "plots").glob("ablation-*"))
     assert not list((tmp_path / "tables").glob("ablation-*"))
     assert "ablation" not in (tmp_path / "derived.txt").read_text()
@@ -754,7 +754,7 @@ def test_the_terminal_table_fits(tmp_path: Path) -> None:
 
 def test_no_records_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no records"):
-        report.write(tmp_path / "nothing")
+        report.read(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -839,11 +839,12 @@ def test_an_ablation_compares_its_variants_with_its_own_baseline(tmp_path: Path)
 
 def test_an_ablation_says_what_was_not_run(tmp_path: Path) -> None:
     sweep(tmp_path)
-    written = report.write(tmp_path)
+    found = report.read(tmp_path)
+    found.write()
     page = (tmp_path / "tables" / "ablation-l0-quick.md").read_text()
     assert "How small must the smallest block be?" in page
     assert "skipped: too short: 4 blocks a sequence, 8 are wanted" in page
-    lines = written.ablations["l0", "quick"].splitlines()
+    lines = found.ablations["l0", "quick"].splitlines()
     (skipped,) = [line for line in lines if "l0=512" in line]
     assert "skipped: too short" in skipped
     (smaller,) = [line for line in lines if "l0=16" in line]
@@ -857,7 +858,7 @@ def test_an_ablation_says_what_was_not_run(tmp_path: Path) -> None:
 def test_every_measure_of_an_ablation_is_plotted(tmp_path: Path, x: str | None) -> None:
     measures = ("accuracy", "tokens_per_second", "computed_token_ratio", "test_loss", "unheard-of")
     sweep(tmp_path, x=x, y=measures)
-    report.write(tmp_path)
+    report.read(tmp_path).write()
     drawn = {path.stem for path in (tmp_path / "plots").glob("ablation-*.png")}
     assert drawn >= {f"ablation-l0-quick-{name}" for name in ("accuracy", "computed_token_ratio")}
     assert "ablation-l0-quick-unheard-of" not in drawn  # nobody knows it; no speed was measured
@@ -936,7 +937,7 @@ def test_the_page_shows_names_and_errors_as_text(tmp_path: Path) -> None:
     record = trial(tmp_path, model="bimamba", outcome="failed")
     broken = record.model_copy(update={"error": f'RuntimeError: {evil} "quoted"'})
     write_json(record.config.directory(tmp_path) / "record.json", broken)
-    report.write(tmp_path)
+    report.read(tmp_path).write()
     text, _ = read_page(tmp_path)
     assert evil not in text
     assert "&lt;script&gt;alert(1)" in text
@@ -953,7 +954,7 @@ def test_the_page_filters_by_suite_preset_and_model(drawn: Path) -> None:
 
 def test_published_figures_are_marked_on_the_page(tmp_path: Path) -> None:
     trial(tmp_path, 0.5)
-    report.write(tmp_path)
+    report.read(tmp_path).write()
     text, _ = read_page(tmp_path)
     ours, _, theirs = text.partition("Published figures</h3>")
     assert "62.1" not in ours
@@ -977,5 +978,5 @@ def test_a_suite_s_share_of_the_results_is_small(tmp_path: Path) -> None:
                     metrics={f"test_accuracy@{64 << n}": 0.9 for n in range(0 if task else 9)},
                     diagnostics=shares if model == "flexblock" else {},
                 )
-    report.write(tmp_path)
+    report.read(tmp_path).write()
     assert sum(map(len, bytes_of(tmp_path).values())) < 9 * 2**20 / 12

@@ -197,4 +197,5 @@ def test_longer_examples_weigh_more_in_the_bootstrap() -> None:
     """Half of the answers belong to one example of four: its draws decide the accuracy."""
     ours = np.array([[True] * 3 + [False] * 3])
     found = paired_bootstrap(ours, np.zeros_like(ours), np.array([1, 1, 1, 3]))
-    assert found == pytest.approx((1 / (1 + 3 * 3), 1.0))  # it is drawn three times of four, or never
+    thrice_of_four = 1 / (1 + 3 * 3)
+    assert found == pytest.approx((thrice_of_four, 1.0))

@@ -2,78 +2,105 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from flexbench.errors import UserError
 from flexbench.records import write_atomic
-from flexbench.report.ablations import ablations
-from flexbench.report.pairs import pairs
-from flexbench.report.results import collect
+from flexbench.report.ablations import AblationResults, ablations
+from flexbench.report.pairs import Pair, pairs
+from flexbench.report.results import SuiteResults, collect
 from flexbench.report.tables import ablation_terminal, terminal, write_ablation, write_tables
 
-__all__ = ["Report", "write"]
+__all__ = ["Report", "read"]
 
 MANIFEST = "derived.txt"
-"""Names what `write` made, so that the next one can take away what no record stands behind."""
+"""Names what `Report.write` made, so that the next one takes away what no record stands behind."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `write` made.
+    """Every record under `results`, compared.
 
     Attributes:
-        tables: a table for the terminal by (suite, preset).
-        ablations: the same by (ablation, preset).
-        files: what was written.
+        suites: each suite at each preset, and its comparisons with the baseline.
+        swept: each ablation at each preset.
         skipped: a line for each file that is not a record and was left out.
     """
 
-    tables: dict[tuple[str, str], str]
-    ablations: dict[tuple[str, str], str]
-    files: tuple[Path, ...]
+    results: Path
+    suites: tuple[tuple[SuiteResults, list[Pair]], ...]
+    swept: tuple[AblationResults, ...]
     skipped: tuple[str, ...]
 
+    @cached_property
+    def tables(self) -> dict[tuple[str, str], str]:
+        """A table for the terminal by (suite, preset)."""
+        return {(each.suite, each.preset): terminal(each, found) for each, found in self.suites}
 
-def write(results: Path) -> Report:
-    """Make `tables/`, `plots/` and `index.html` under `results` again from the records there.
+    @cached_property
+    def ablations(self) -> dict[tuple[str, str], str]:
+        """The same by (ablation, preset)."""
+        return {(each.name, each.preset): ablation_terminal(each) for each in self.swept}
 
-    What an earlier report made and this one does not is removed.
+    def write(self) -> tuple[Path, ...]:
+        """Make `tables/`, `plots/` and `index.html` again, with a progress bar; returns the files.
+
+        What an earlier report made and this one does not is removed.
+
+        Raises:
+            CannotWrite: the directory cannot be written.
+        """
+        from flexbench.report import views
+        from flexbench.report.page import page
+        from flexbench.report.plots import write_plots
+
+        looks = views.Looks([row for suite, _ in self.suites for row in suite.rows])
+        suites = [
+            (suite, found, views.of_suite(suite, found, looks)) for suite, found in self.suites
+        ]
+        swept = [(each, views.of_ablation(each, looks)) for each in self.swept]
+        tables, plots = self.results / "tables", self.results / "plots"
+        files: list[Path] = []
+        for suite, compared in self.suites:
+            files += write_tables(suite, compared, tables)
+        for ablation in self.swept:
+            files += write_ablation(ablation, tables)
+        drawn = [view for *_, view in suites] + [view for _, view in swept]
+        for view in _watched(drawn, "plots"):
+            files += write_plots(view, plots)
+        files.append(self.results / "index.html")
+        text = page(_watched(suites, "page, suites"), _watched(swept, "page, ablations"))
+        write_atomic(files[-1], text.encode())
+        _keep_only(self.results, [file.relative_to(self.results).as_posix() for file in files])
+        return tuple(files)
+
+
+def read(results: Path) -> Report:
+    """Read the records under `results`; writes nothing.
 
     Raises:
-        UserError: there are no records, or the directory cannot be written.
+        UserError: there are none.
     """
-    from flexbench.report import views
-    from flexbench.report.page import page
-    from flexbench.report.plots import write_plots
-
     suites, skipped = collect(results)
     swept = ablations(results, suites, skipped)
     if not suites and not swept:
         raise UserError(f"no records in {results}; `flexbench run` makes some")
-    looks = views.Looks([row for suite in suites for row in suite.rows])
-    files: list[Path] = []
-    shown_suites, shown_ablations = [], []
-    for suite in suites:
-        compared = pairs(suite)
-        view = views.of_suite(suite, compared, looks)
-        files += write_tables(suite, compared, results / "tables")
-        files += write_plots(view, results / "plots")
-        shown_suites.append((suite, compared, view))
-    for ablation in swept:
-        view = views.of_ablation(ablation, looks)
-        files += write_ablation(ablation, results / "tables")
-        files += write_plots(view, results / "plots")
-        shown_ablations.append((ablation, view))
-    files.append(results / "index.html")
-    write_atomic(files[-1], page(shown_suites, shown_ablations).encode())
-    _keep_only(results, [file.relative_to(results).as_posix() for file in files])
-    return Report(
-        {(suite.suite, suite.preset): terminal(suite, p) for suite, p, _ in shown_suites},
-        {(each.name, each.preset): ablation_terminal(each) for each in swept},
-        tuple(files),
-        tuple(skipped),
-    )
+    compared = tuple((suite, pairs(suite)) for suite in suites)
+    return Report(results, compared, tuple(swept), tuple(skipped))
+
+
+def _watched(items: Sequence[T], what: str) -> Iterable[T]:
+    """With a progress bar where somebody looks."""
+    return tqdm(items, what, leave=False, disable=not sys.stderr.isatty(), file=sys.stderr)
 
 
 def _keep_only(results: Path, names: list[str]) -> None:

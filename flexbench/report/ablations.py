@@ -16,9 +16,15 @@ NOT_ON_RECORD = "not on record"
 
 @dataclass(frozen=True)
 class Point:
-    """A variant on a task; `reason` says why there is no row, "" where there is one."""
+    """A variant on a task.
+
+    Attributes:
+        name: its label; the baseline's says its values of a grid's factors.
+        reason: why there is no row, "" where there is one.
+    """
 
     declared: AblationPoint
+    name: str
     row: Row | None
     reason: str
 
@@ -26,10 +32,6 @@ class Point:
     def task(self) -> str:
         """Without its suite."""
         return self.declared.task.partition("/")[2]
-
-    @property
-    def name(self) -> str:
-        return self.declared.variant or "(baseline)"
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,23 @@ def ablations(
     rows = {cell: row for suite in suites for row in suite.rows for cell in row.cells}
     older = {cell for suite in suites for row in suite.older for cell in row.cells}
 
-    def point(declared: AblationPoint) -> Point:
+    def point(record: AblationRecord, declared: AblationPoint) -> Point:
         row = rows.get(declared.cell or "")
         reason = "" if row else declared.reason or NOT_ON_RECORD
         if declared.cell in older:
             reason = "of an older version of the task or the model"
-        return Point(declared, row, reason)
+        return Point(declared, declared.variant or _baseline(record, declared), row, reason)
 
     return [
-        AblationResults(record, tuple(map(point, record.points)))
+        AblationResults(record, tuple(point(record, each) for each in record.points))
         for record in scan(
             results, AblationRecord, skipped, lambda each: unnamed(each.name, each.preset)
         )
     ]
+
+
+def _baseline(record: AblationRecord, declared: AblationPoint) -> str:
+    """Its values of a grid's factors, or else its model."""
+    own = declared.factors if "grid" in record.declaration else {}
+    values = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in own.items())
+    return f"{values or record.model} (baseline)"

@@ -66,8 +66,8 @@ TEXTS = ("task", "data", "outcome", "beats trivial", "verdict", "model")
 
 
 def page(
-    suites: Sequence[tuple[SuiteResults, Sequence[Pair], View]],
-    ablations: Sequence[tuple[AblationResults, View]],
+    suites: Iterable[tuple[SuiteResults, list[Pair], View]],
+    ablations: Iterable[tuple[AblationResults, View]],
 ) -> str:
     """The page, from the views that the files of plots are drawn from."""
     sections = [_suite(*each) for each in suites] + [_ablation(*each) for each in ablations]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexbench.report.ablations import AblationResults, Point
+from flexbench.report.ablations import AblationResults
 from flexbench.report.pairs import Pair
 from flexbench.report.results import Row, SuiteResults
 
@@ -126,12 +126,8 @@ def of_suite(suite: SuiteResults, pairs: Sequence[Pair], looks: Looks) -> View:
 
 def of_ablation(ablation: AblationResults, looks: Looks) -> View:
     """Every variant that has a row, in the order of the declaration."""
-
-    def label(point: Point) -> str:
-        return point.declared.variant or f"{ablation.record.model} (baseline)"
-
     known = [(point, point.row) for point in ablation.points if point.row]
-    look = looks.of((label(point), row) for point, row in known)
+    look = looks.of((point.name, row) for point, row in known)
     panels = []
     for task in ablation.tasks:
         points = ablation.of_task(task)
@@ -140,8 +136,8 @@ def of_ablation(ablation: AblationResults, looks: Looks) -> View:
         entries = tuple(
             Entry(
                 row,
-                label(point),
-                look[label(point)],
+                point.name,
+                look[point.name],
                 _x(ablation, own, point.declared.factors),
                 _series(ablation, own, point.declared.factors),
                 ablation.pairs.get(row.cell),
