@@ -231,7 +231,7 @@ class SpeedRecord(StrictModel):
         key: task, model, their versions and options, stack, batch size, device, threads.
         tokens_per_second: real tokens through forward, backward and optimiser, median of `repeats`.
         peak_memory: bytes above the process's footprint before the model was built.
-        machine: processor, cores and threads used.
+        machine: processor and cores; the threads used are in `key`.
     """
 
     schema_version: int = SCHEMA

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from flexbench import report
@@ -852,6 +853,22 @@ def test_an_ablation_says_what_was_not_run(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "tables" / "ablation-l0-quick.csv").set_index("variant")
     assert table.loc["l0=16", "difference"] == pytest.approx(-10.0)
     assert table.loc["l0=256", "accuracy"] == pytest.approx(70.5)
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([-1, 0.5, 0.8, 0.9, 1.5], ["-1", "0.5", "0.8", "\n0.9", "1.5"]),
+        ([0, 1, 2], ["0", "1", "2"]),
+        ([3], ["3"]),
+    ],
+)
+def test_labels_of_ticks_do_not_run_into_each_other(
+    places: list[float], expected: list[str]
+) -> None:
+    axis = Figure().subplots()
+    axis.set_xlim(min(places), max(places) + 1)
+    assert plots.staggered(axis, places, [f"{place:g}" for place in places]) == expected
 
 
 @pytest.mark.parametrize("x", [None, "flexblock.l0"])

@@ -43,6 +43,8 @@ WIDTH, HEIGHT = 3.3, 2.5  # of a panel, inches
 COLUMNS = 3
 LINE = 24
 """Characters in a line of a row's label."""
+NEAR = 0.025
+"""Width of a digit, of the width of a panel's axes."""
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -175,7 +177,9 @@ def curve(what: Measure, x: str, log: bool, axis: Axes, panel: Panel) -> list[An
         axis.set_xscale("log", base=2)
     axis.xaxis.set_minor_locator(NullLocator())
     texts = [f"{place:g}" for place in places] if numeric else names
-    axis.set_xticks(places, texts, rotation=45 if len("".join(texts)) > 28 else 0)
+    crowded = len("".join(texts)) > 28
+    texts = texts if crowded else staggered(axis, places, texts)
+    axis.set_xticks(places, texts, rotation=45 if crowded else 0)
     axis.set(xlabel=x, ylabel=what.label)
     if what.scale == 1:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
@@ -448,6 +452,17 @@ def _rows(axis: Axes, panel: Panel) -> None:
     axis.set_yticks(range(len(panel.entries)), [_label(entry) for entry in panel.entries])
     axis.set_ylim(len(panel.entries) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
+
+
+def staggered(axis: Axes, places: Sequence[float], texts: Sequence[str]) -> list[str]:
+    """Ticks' labels, one that would run into its left neighbour's a line lower."""
+    at = axis.get_xaxis().get_transform().transform(np.asarray(places, dtype=np.float64))
+    lowered: list[str] = []
+    for place, text in enumerate(texts):
+        room = (at[place] - at[place - 1]) / (at[-1] - at[0]) if place else 1.0
+        near = room < NEAR * max(map(len, texts[place - 1 : place + 1] or [text]))
+        lowered.append(f"\n{text}" if near and not lowered[-1].startswith("\n") else text)
+    return lowered
 
 
 def _tick(value: float) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from flexbench.harness.sweep import BASELINE
-from flexbench.records import write_atomic
+from flexbench.records import SpeedRecord, write_atomic
 from flexbench.report.ablations import AblationResults
 from flexbench.report.pairs import Pair
 from flexbench.report.results import NOT_RUN, Row, SuiteResults, find
@@ -208,8 +208,13 @@ def _legend(table: str) -> list[str]:
 
 
 def machines(rows: Sequence[Row]) -> list[str]:
-    machines = sorted({row.speed.machine for row in rows if row.speed})
-    return [f"training speed and memory measured alone on {machine}" for machine in machines]
+    where = sorted({_measured_on(row.speed) for row in rows if row.speed})
+    return [f"training speed and memory measured alone on {each}" for each in where]
+
+
+def _measured_on(speed: SpeedRecord) -> str:
+    threads = speed.key["threads"]
+    return f"{speed.machine}, with {threads} thread{'s' if threads > 1 else ''}"
 
 
 def pairs_note(pairs: Sequence[Pair]) -> str:
@@ -422,7 +427,7 @@ def row_numbers(row: Row) -> dict[str, Any]:
         "flops_per_token": _rounded(row.fact("flops_per_token")),
         "tokens_per_second": _rounded(row.speed.tokens_per_second if row.speed else None),
         "peak_memory": row.speed.peak_memory if row.speed else None,
-        "machine": row.speed.machine if row.speed else None,
+        "machine": _measured_on(row.speed) if row.speed else None,
         "computed_token_ratio": _rounded(row.computed_token_ratio),
         "data": _source(row).get("kind"),
         "data_detail": _source(row).get("detail"),
