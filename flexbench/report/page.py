@@ -316,7 +316,8 @@ def _comparisons(stem: str, pairs: Sequence[Pair], ablation: AblationResults | N
         )
     baseline = "the baseline" if ablation else pairs[0].baseline.config.model
     title = f"Against {baseline}, in points, on the seeds that both ran"
-    return f"<h3>{escape(title)}</h3>" + _table(f"{stem}:pairs", tables.pairs_note(pairs), lines)
+    said = f"{tables.pairs_note(pairs)} {tables.BOOTSTRAPPED}"
+    return f"<h3>{escape(title)}</h3>" + _table(f"{stem}:pairs", said, lines)
 
 
 def _value(number: float | None) -> float | str | None:

@@ -226,10 +226,12 @@ def pairs_note(pairs: Sequence[Pair]) -> str:
             f"The t interval and p are over seeds, p after Holm's correction for {family} "
             "comparisons; a win or a loss needs an interval clear of zero and p < 0.05."
         )
-    return (
-        f"Differences in points on shared seeds. {said} The paired bootstrap resamples seeds and "
-        "test examples, with one seed the examples alone."
-    )
+    return f"Differences in points on shared seeds. {said}"
+
+
+BOOTSTRAPPED = (
+    "The paired bootstrap resamples seeds and test examples, with one seed the examples alone."
+)
 
 
 def pair_cells(pair: Pair) -> dict[str, str]:
@@ -278,7 +280,7 @@ def markdown(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
     if pairs:
         parts += [
             f"## Against {BASELINE}",
-            pairs_note(pairs),
+            f"{pairs_note(pairs)} {BOOTSTRAPPED}",
             _tabulate(
                 [{**pair_cells(pair), "model": row_name(pair.row)} for pair in pairs],
                 "pipe",
@@ -494,7 +496,8 @@ def ablation_markdown(ablation: AblationResults) -> str:
     if notes:
         parts.append("\n".join(notes))
     if ablation.pairs:
-        parts += ["## Against the baseline", pairs_note([*ablation.pairs.values()])]
+        said = f"{pairs_note([*ablation.pairs.values()])} {BOOTSTRAPPED}"
+        parts += ["## Against the baseline", said]
         parts.append(_tabulate(_ablation_pairs(ablation), "pipe", left=("task", "variant")))
     return "\n\n".join(parts) + "\n"
 
@@ -502,19 +505,21 @@ def ablation_markdown(ablation: AblationResults) -> str:
 def ablation_terminal(ablation: AblationResults) -> str:
     """The essence of `ablation_markdown`: every point beside its difference from the baseline."""
     kept = ("task", "variant", "accuracy", "± 95 %", "seeds", *PAIRED, "computed", "tokens/s")
-    lines = []
+    lines, unfinished = [], []
     for point, shown in zip(ablation.points, _point_cells(ablation), strict=True):
-        pair = ablation.pairs.get(point.row.cell) if point.row else None
-        cells = {**shown, **(pair_cells(pair) if pair else {}), "task": point.declared.task}
-        outcome = "" if shown["outcome"] == "finished" else shown["outcome"]
-        lines.append({title: cells.get(title, "") for title in kept} | {"": outcome})
-    return "\n\n".join(
-        [
-            f"{ablation.name}, {ablation.preset} preset: {ablation.record.question}",
-            _tabulate(lines, "simple", left=("task", "variant", "")),
-            "\n".join(_wrap(pairs_note([*ablation.pairs.values()]))) if ablation.pairs else "",
-        ]
-    ).rstrip()
+        task, pair = point.declared.task, ablation.pairs.get(point.row.cell) if point.row else None
+        cells = {**shown, **(pair_cells(pair) if pair else {}), "task": task}
+        if point.row:
+            lines.append({title: cells.get(title, "") for title in kept})
+        if shown["outcome"] != "finished":
+            unfinished += _wrap(f"{task}, {point.name}: {shown['outcome']}")
+    parts = [
+        "\n".join(_wrap(f"{ablation.name}, {ablation.preset} preset: {ablation.record.question}")),
+        _tabulate(lines, "simple", left=("task", "variant")) if lines else "",
+        "\n".join(unfinished),
+        "\n".join(_wrap(pairs_note([*ablation.pairs.values()]))) if ablation.pairs else "",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _point_cells(ablation: AblationResults) -> list[dict[str, str]]:
