@@ -34,6 +34,9 @@ SCHEMA = 1
 UMASK = os.umask(0)
 os.umask(UMASK)
 
+DISTURBED = 0.05
+"""A measurement of speed that waited longer, as a share of its time, is made again."""
+
 Outcome = Literal["finished", "diverged", "out of memory", "failed"]
 
 
@@ -231,6 +234,8 @@ class SpeedRecord(StrictModel):
         key: task, model, their versions and options, stack, batch size, device, threads.
         tokens_per_second: real tokens through forward, backward and optimiser, median of `repeats`.
         peak_memory: bytes above the process's footprint before the model was built.
+        waited: share of its time that it was ready to compute and something else had the core, in
+            [0, 1]; None where the system does not tell, and in older records.
         machine: processor and cores; the threads used are in `key`.
     """
 
@@ -240,8 +245,14 @@ class SpeedRecord(StrictModel):
     step_seconds: float
     peak_memory: int
     repeats: int
+    waited: float | None = None
     machine: str
     environment: dict[str, str] = {}
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs made it so slow that it wants to be measured again."""
+        return self.waited is not None and self.waited > DISTURBED
 
     def path(self, results: Path) -> Path:
         return speed_path(results, self.key, self.machine)

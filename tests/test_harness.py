@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,7 @@ from flexbench.records import (
     CannotWrite,
     Record,
     Selection,
+    SpeedRecord,
     TaskRecord,
     scan,
     write_json,
@@ -384,15 +386,57 @@ def test_read_only_and_full_disk(toys: ModuleType, tmp_path: Path, option: str) 
 # -- speed -------------------------------------------------------------------------------------
 
 
-def test_speed_is_measured_once(toys: ModuleType, tmp_path: Path) -> None:
+def test_speed_is_measured_once(
+    toys: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("flexbench.records.DISTURBED", 1.0)
     config = planned().cells[0].grid[0]
     first = measure(config, tmp_path, Store())
     assert first.tokens_per_second > 0
     assert math.isclose(first.step_seconds * first.tokens_per_second, 8 * 8, rel_tol=0.5)
     assert 0 <= first.peak_memory < 1 << 28
     assert first.repeats >= 3
+    assert first.waited is None or 0 <= first.waited <= 1
     again = config.model_copy(update={"seed": 7, "learning_rate": 0.5})
     assert measure(again, tmp_path, Store()) == first
+
+
+def test_a_disturbed_measurement_is_made_again(
+    toys: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waits = iter([0.5, 0.3, 0.4, 0.01])
+    timing = {"tokens_per_second": 1.0, "step_seconds": 1.0, "peak_memory": 1, "repeats": 3}
+    monkeypatch.setattr(
+        "flexbench.harness.speed._in_a_process", lambda *_: {**timing, "waited": next(waits)}
+    )
+    config = planned().cells[0].grid[0]
+    assert measure(config, tmp_path, Store()).waited == 0.3
+    assert measure(config, tmp_path, Store()).waited == 0.01
+    assert measure(config, tmp_path, Store()).waited == 0.01
+    (record,) = scan(tmp_path, SpeedRecord, [])
+    assert not record.disturbed
+    assert next(waits, None) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
+def test_waiting_for_a_core_is_noticed() -> None:
+    """Two threads that share a core wait for each other half of the time."""
+    script = """
+import os, time
+from flexbench.harness.speed import _schedule, _waited
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+other = os.fork()
+start, before = time.monotonic(), _schedule()
+while time.monotonic() - start < 0.6:
+    pass
+if other:
+    os.waitpid(other, 0)
+    print(_waited(before, _schedule()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert float(done.stdout) > 0.2
 
 
 def test_speed_that_cannot_be_measured(toys: ModuleType, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def facts(results: Path, task: str = "listing", trivial: float = 0.3, **changes:
     write_json(record.path(results), record)
 
 
-def speed(results: Path, rate: float, **changes: Any) -> None:
+def speed(results: Path, rate: float, waited: float | None = None, **changes: Any) -> None:
     plain = config(**changes).model_dump(mode="json")
     apart = ("training", "seed", "learning_rate", "preset", "threads")
     key = {name: value for name, value in plain.items() if name not in apart}
@@ -200,6 +200,7 @@ def speed(results: Path, rate: float, **changes: Any) -> None:
         step_seconds=0.08,
         peak_memory=212_400_000,
         repeats=5,
+        waited=waited,
         machine="Some CPU, 2 cores",
     )
     write_json(record.path(results), record)
@@ -607,6 +608,16 @@ def test_damaged_answers_cost_only_the_bootstrap(tmp_path: Path, damage: str) ->
     (pair,) = pairs(suite)
     assert pair.comparison.bootstrap is None
     assert pair.comparison.difference == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("waited", "noted"), [(None, False), (0.02, False), (0.39, True)])
+def test_a_disturbed_measurement_is_noted(
+    tmp_path: Path, waited: float | None, noted: bool
+) -> None:
+    trial(tmp_path, 0.5)
+    speed(tmp_path, 9e4, waited=waited)
+    said = "while others had the cores 39 % of the time"
+    assert (said in markdown(only(tmp_path), [])) == noted
 
 
 # -- comparisons ------------------------------------------------------------------------------

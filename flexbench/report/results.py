@@ -179,6 +179,11 @@ class Row:
             for trial in self.other_rates
             if trial.outcome != "finished"
         ]
+        if self.speed and self.speed.disturbed:
+            share = f"{100 * (self.speed.waited or 0.0):.0f} %"
+            lines.append(
+                f"speed and memory measured while others had the cores {share} of the time"
+            )
         at = [f"{name} {100 * score.mean:.1f}" for name, score in self.further.items()]
         if at:
             lines.append(f"accuracy at {', '.join(at)}")
