@@ -851,6 +851,7 @@ def test_an_ablation_compares_its_variants_with_its_own_baseline(tmp_path: Path)
 
 def test_an_ablation_says_what_was_not_run(tmp_path: Path) -> None:
     sweep(tmp_path)
+    trial(tmp_path, 0.5, seed=7, model="flexblock", model_options={"l0": 16})
     found = report.read(tmp_path)
     found.write()
     page = (tmp_path / "tables" / "ablation-l0-quick.md").read_text()
@@ -861,6 +862,7 @@ def test_an_ablation_says_what_was_not_run(tmp_path: Path) -> None:
     assert "skipped: too short" in skipped
     (smaller,) = [line for line in lines if "l0=16" in line]
     assert {"−10.0", "51.0", "(baseline)"} & set(smaller.split()) == {"−10.0"}
+    assert smaller.split()[4] == "3"  # its own seeds, of which the baseline shares two
     table = pd.read_csv(tmp_path / "tables" / "ablation-l0-quick.csv").set_index("variant")
     assert table.loc["l0=16", "difference"] == pytest.approx(-10.0)
     assert table.loc["l0=256", "accuracy"] == pytest.approx(70.5)

@@ -508,7 +508,7 @@ def ablation_terminal(ablation: AblationResults) -> str:
     lines, unfinished = [], []
     for point, shown in zip(ablation.points, _point_cells(ablation), strict=True):
         task, pair = point.declared.task, ablation.pairs.get(point.row.cell) if point.row else None
-        cells = {**shown, **(pair_cells(pair) if pair else {}), "task": task}
+        cells = {**(pair_cells(pair) if pair else {}), **shown, "task": task}
         if point.row:
             lines.append({title: cells.get(title, "") for title in kept})
         if shown["outcome"] != "finished":
