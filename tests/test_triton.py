@@ -125,7 +125,7 @@ SMALL = {"rank": 3, "width": 3, "window": 1}
     ("lengths", "dim", "sizes", "options"),
     [
         ([20, 0, 1, 2], 19, {}, {}),  # hzip-lean
-        ([7, 1, 30], 5, {"width": 5, "window": 2}, {"centred": True, "softmax": True}),
+        ([7, 1, 30], 5, {"rank": 8, "width": 5, "window": 2}, {"centred": True, "softmax": True}),
         ([18], 19, {}, {"normalise": True, "centred": True}),
     ],
 )
@@ -168,7 +168,7 @@ def test_fuse_of_half_precision_with_float32_weights(device, dtype):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"rank": 40}, "at most 64 hidden units"), ({"window": 9}, "at most 8 steps")],
+    [({"rank": 9}, "at most 16 hidden units"), ({"window": 9}, "at most 8 steps")],
 )
 def test_fuse_refuses(change, message):
     inputs = {k: v.float() for k, v in fuse_inputs(1, 4, 3, **change).items()}

@@ -15,7 +15,7 @@ from flexbench.kernels.fuse.reference import hzip_fuse_reference, hzip_gates_ref
 from flexbench.kernels.gpu import triton_refusal
 
 BACKENDS = ("cpu", "triton", "reference")
-MOST_UNITS, FARTHEST = 64, 8
+MOST_UNITS, FARTHEST = 16, 8
 """What the Triton kernels hold in registers: hidden units of both gates, and steps looked at."""
 
 
