@@ -396,11 +396,11 @@ def test_opcheck(monkeypatch):
         selective_scan_op,
         (*first[:5], None, None, None, False, None, None, None, False, None, None, None, True),
     )
-    events, event_bounds = schedule(torch.tensor([[3, 3, 9], [20, 25, 37]]).int(), cu_seqlens)
+    plan = schedule(torch.tensor([[3, 3, 9], [20, 25, 37]]).int(), cu_seqlens)
     alpha = torch.rand(2, 20, requires_grad=True)
     torch.library.opcheck(
         selective_scan_op,
-        (*first, True, None, cu_seqlens, None, False, events, event_bounds, alpha, True),
+        (*first, True, None, cu_seqlens, None, False, plan.events, plan.bounds, alpha, True),
     )
     x, weight = torch.randn(2, 9, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     for bias in (None, torch.randn(5, requires_grad=True)):
