@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from flexbench.config import StrictModel
 from flexbench.kernels.block import Schedule, schedule
+from flexbench.models.base import untraced
 from flexbench.models.flexblock.gates import GateForm, GateNodes, Nodes, gated_nodes
 from flexbench.models.flexblock.guide import BlockType, GuideMap, Packing, Resolution
 from flexbench.models.flexblock.merge import (
@@ -26,8 +27,6 @@ from flexbench.models.flexblock.merge import (
 )
 from flexbench.models.flexblock.readings import TwoReadings
 from flexbench.models.flexblock.scorer import Scorer
-
-C = TypeVar("C", bound=Callable[..., Any])
 
 RouterGradient = Literal["saliency", "ste", "gate", "soft", "random", "fixed", "uniform"]
 RevSource = Literal["learned", "random", "all", "off"]
@@ -654,11 +653,6 @@ def real_lengths(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -
     if lengths is None:
         return torch.full((len(x),), x.shape[1], device=x.device)
     return lengths.long()
-
-
-def untraced(function: C) -> C:
-    """The function, run between two graphs of torch.compile: how many blocks there are is data."""
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def of_blocks(levels: list[Tensor], guide: GuideMap) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexbench.models.base import untraced
 from flexbench.models.flexblock.guide import BlockType, GuideMap
 from flexbench.models.flexblock.merge import build_tree, merge, to_map
-from flexbench.models.flexblock.router import of_blocks, untraced
+from flexbench.models.flexblock.router import of_blocks
 from flexbench.models.flexblock.scorer import Scorer
 
 
