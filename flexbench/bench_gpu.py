@@ -34,7 +34,7 @@ from flexbench.kernels.conv import official as official_conv
 from flexbench.kernels.gpu import INSTALLED as TRITON
 from flexbench.kernels.scan import official as official_scan
 from flexbench.models import MixerConfig, backbone_parameters, match_width, resolve
-from flexbench.models.flexblock import BlockType, GuideMap, Route
+from flexbench.models.flexblock import BlockType, GuideMap, Route, Router
 from flexbench.models.stack import Backbone
 from flexbench.records import write_atomic, write_json
 
@@ -198,8 +198,9 @@ def step_case(batch: int, length: int, device: str) -> Case:
     """A whole training step of each family, "ours" being mamba's.
 
     bimamba and hzip-lean at mamba's number of parameters, as near as widths of whole `ALIGNED`
-    come, flexblock at its width with a third of the blocks computed, every other one of them in
-    reverse.
+    come. flexblock at mamba's width, a third of its tokens computed: by a map from outside, every
+    third block and every other one of them in reverse, or by one that its router makes of every
+    batch, with the router's own training.
     """
     stack = StackConfig(d_model=D_MODEL, n_layers=N_LAYERS)
     mamba = resolve("mamba").parse({})
@@ -211,7 +212,10 @@ def step_case(batch: int, length: int, device: str) -> Case:
     l0 = 64
     options = {"l0": l0, "target_ratio": 1 / 3, "reduced_share": 0.0, "rev": "off"}
     models = {name: Backbone(stack, mixer) for name, mixer in mixers.items()}
-    third = models["flexblock, a third"] = Backbone(stack, resolve("flexblock").parse(options))
+    third, routed = (Backbone(stack, resolve("flexblock").parse(options)) for _ in range(2))
+    models |= {"flexblock, a third": third, "flexblock, a third by its router": routed}
+    assert isinstance(routed.router, Router)
+    routed.router.after_step(1.0, 0.0)
     guide = GuideMap.uniform(batch, torch.tensor(length, device=device), l0)
     leaf = torch.arange(len(guide), device=device)
     kind = torch.where(leaf % 3 == 0, BlockType.FULL, BlockType.IDENTITY)

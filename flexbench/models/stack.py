@@ -66,7 +66,11 @@ class Layout:
 
 
 class ResidualLayer(nn.Module):
-    """x + dropout(mixer(norm(x))). The residual x stays in float32 under autocast."""
+    """x + dropout(mixer(norm(x))).
+
+    Under autocast the residual x stays in float32, and the mixer's input is cast once, here, not by
+    each of its products.
+    """
 
     def __init__(self, mixer: nn.Module, stack: StackConfig) -> None:
         super().__init__()
@@ -79,6 +83,8 @@ class ResidualLayer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout | None = None, guide: Any = None) -> Tensor:
         normed = self.norm(x)
+        if torch.is_autocast_enabled(x.device.type):
+            normed = normed.to(torch.get_autocast_dtype(x.device.type))
         more = {} if guide is None else {"guide": guide}
         if layout is None:
             mixed = self.mixer(normed, **more)
