@@ -64,12 +64,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what makes each contestant's step, "ours" first."""
+    """One comparison: what makes each contestant's step, "ours" first.
+
+    `passes` are what the floor is made of; `ahead` is as of `milliseconds`.
+    """
 
     name: str
     shape: str
     contestants: Mapping[str, Callable[[], Step]]
     passes: tuple[Pass, ...] = ()
+    ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ def step_case(batch: int, length: int, device: str) -> Case:
         for name, model in models.items()
     }
     shape = f"batch {batch}, length {length}, d_model {D_MODEL}, {N_LAYERS} layers"
-    return Case("training step of mamba", shape, contestants)
+    return Case("training step of mamba", shape, contestants, ahead=False)
 
 
 def rounded(mixer: MixerConfig) -> MixerConfig:
@@ -274,15 +278,20 @@ MEASUREMENTS: dict[str, tuple[tuple[int, ...], Callable[[int, int, str], Case]]]
 }
 
 
-def milliseconds(step: Step, device: str) -> float:
-    """One repetition, by the device's clock. The device is kept busy until all is enqueued, so
-    that a kernel is not charged for Python."""
+def milliseconds(step: Step, device: str, ahead: bool = True) -> float:
+    """One repetition, by the device's clock.
+
+    Args:
+        ahead: keep the device busy until all is enqueued, so that a kernel is not charged for
+            Python. Otherwise it waits for Python wherever training would.
+    """
     if device != "cuda":
         start = time.perf_counter()
         step()
         return (time.perf_counter() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(4_000_000)
+    if ahead:
+        torch.cuda._sleep(4_000_000)
     begin.record()
     step()
     end.record()
@@ -313,7 +322,9 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def take_turns(contestants: dict[str, Step], device: str) -> dict[str, list[float]]:
+def take_turns(
+    contestants: dict[str, Step], device: str, ahead: bool = True
+) -> dict[str, list[float]]:
     """Milliseconds of the repetitions of each; a turn begins with one that is not timed."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     spent = dict.fromkeys(contestants, 0.0)
@@ -324,8 +335,9 @@ def take_turns(contestants: dict[str, Step], device: str) -> dict[str, list[floa
     ]:
         for name in waiting:
             began = time.perf_counter()
-            milliseconds(contestants[name], device)
-            taken[name] += [milliseconds(contestants[name], device) for _ in range(TURN)]
+            step = contestants[name]
+            milliseconds(step, device, ahead)
+            taken[name] += [milliseconds(step, device, ahead) for _ in range(TURN)]
             spent[name] += time.perf_counter() - began
     return taken
 
@@ -400,7 +412,7 @@ def measure(
     """One comparison, and what became of contestants that failed."""
     case = prepare(batch, length, device)
     contestants, lost = warm_up(case, device)
-    taken = take_turns(contestants, device)
+    taken = take_turns(contestants, device, case.ahead)
     medians = {name: statistics.median(times) for name, times in taken.items()}
     counts = {name: len(times) for name, times in taken.items()}
     return Timing(case.name, case.shape, medians, reached.floor(case.passes), counts), lost

@@ -13,10 +13,12 @@ import torch
 from test_fuse import fuse_inputs
 from test_kernels import F64, assert_close, bounds, outputs_and_gradients, poison  # noqa: F401
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexbench.config import StackConfig
 from flexbench.kernels import causal_conv1d, hzip_fuse
-from flexbench.kernels.gpu import INTERPRETED
+from flexbench.kernels.backends import check_cu_seqlens
+from flexbench.kernels.gpu import INTERPRETED, triton_refusal
 from flexbench.kernels.rows import runs_reference
 from flexbench.models import resolve
 from flexbench.models.stack import Backbone
@@ -291,3 +293,13 @@ def test_training_on_the_gpu_is_training_on_the_cpu(name, options):
             optimizer.step()
             losses[device].append(loss.item())
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+def test_tensors_on_several_gpus_are_refused():
+    with FakeTensorMode():
+        first, second = (torch.empty(1, 4, 3, device=f"cuda:{n}") for n in range(2))
+        bounds_on_cpu = torch.empty(2, dtype=torch.int32)
+        assert triton_refusal([first, None]) is None
+        assert "one GPU" in str(triton_refusal([first, second]))
+        with pytest.raises(ValueError, match="must be on cuda:0"):
+            check_cu_seqlens(bounds_on_cpu, first)

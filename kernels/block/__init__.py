@@ -90,12 +90,12 @@ def block_scan(
         ValueError: shapes that do not fit, bad bounds, nodes that cross, or a backend that cannot
             serve the call.
     """
-    batch, length, dim = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, repeats)
-    check_cu_seqlens(cu_blocks, batch, length)
+    _, length, dim = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, repeats)
+    check_cu_seqlens(cu_blocks, u)
     if cu_seqlens is None:
         # Not made from a list: the copy to a GPU would wait for it.
         cu_seqlens = torch.arange(2, dtype=torch.int32, device=u.device) * length
-    sequences = check_cu_seqlens(cu_seqlens, batch, length)
+    sequences = check_cu_seqlens(cu_seqlens, u)
     if initial_state is not None and initial_state.shape != (sequences, dim, A.shape[1]):
         shape = (sequences, dim, A.shape[1])
         raise ValueError(f"initial_state must be {shape}, not {tuple(initial_state.shape)}")

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexbench.kernels.device import load_rows, sequence_of
+from flexbench.kernels.device import load_rows, sequence_of, sigmoid
 from flexbench.kernels.fuse import MOST_UNITS
 from flexbench.kernels.fuse.cpu import INPUTS, eager
 from flexbench.kernels.fuse.reference import EPSILON
@@ -50,7 +50,7 @@ LOOSE = ("sequences", "length")
 @triton.jit
 def _slope(x):
     """The derivative of silu."""
-    s = tl.sigmoid(x)
+    s = sigmoid(x)
     return s * (1.0 + x * (1.0 - s))
 
 
@@ -164,7 +164,7 @@ def _features(
         pre = _context(
             y_f, y_b, taps, taps_bias, step, first, last, there, channel, f_step, b_step, dim, WIDTH
         )
-        context = pre * tl.sigmoid(pre)
+        context = pre * sigmoid(pre)
         if scale is not None:
             context *= _scales(scale, step, there, 0, FEATURES)
     if WINDOW > 0:
@@ -208,13 +208,13 @@ def _gates(
         backward += _weighted(diagonal, 1, context, g_f, g_b, channel, dim, WIDTH, WINDOW)
     if up is not None:
         h = _units(inner, step, there, units, UNITS)
-        h *= tl.sigmoid(h)
+        h *= sigmoid(h)
         forward += tl.dot(h, _up(up, 0, channel, dim, units, UNITS), input_precision=PRECISION)
         backward += tl.dot(h, _up(up, 1, channel, dim, units, UNITS), input_precision=PRECISION)
     if SOFTMAX:
-        gate = tl.sigmoid(forward - backward)
+        gate = sigmoid(forward - backward)
         return gate, 1.0 - gate
-    return tl.sigmoid(forward), tl.sigmoid(backward)
+    return sigmoid(forward), sigmoid(backward)
 
 
 @triton.jit(do_not_specialize=LOOSE)
@@ -321,7 +321,7 @@ def _fuse(
     value = forward * value_f + backward * value_b
     if z is not None:
         gate = load_rows(z + batch * z_batch, step, z_step, channel, here)
-        value *= gate * tl.sigmoid(gate)
+        value *= gate * sigmoid(gate)
     at = (batch * length + step)[:, None] * dim + channel[None, :]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
 
@@ -351,7 +351,7 @@ def _logit_gradients(
     dy = load_rows(dout, step, o_step, channel, here)
     if z is not None:
         gate = load_rows(z, step, z_step, channel, here)
-        dy *= gate * tl.sigmoid(gate)
+        dy *= gate * sigmoid(gate)
     if SOFTMAX:
         d_forward = dy * (value_f - value_b) * forward * backward
         d_backward = -d_forward
@@ -519,7 +519,7 @@ def _gradients(
         gate = load_rows(z, step, z_step, channel, here)
         d = dy * (forward * value_f + backward * value_b) * _slope(gate)
         tl.store(dz + at, d.to(dz.dtype.element_ty), mask=here)
-        dy *= gate * tl.sigmoid(gate)
+        dy *= gate * sigmoid(gate)
     total_f = dy * forward
     total_b = dy * backward
     # A feature up to REACH steps away reads this step.
@@ -622,7 +622,7 @@ def _parameter_gradients(
             sums = _add(sums, 2 * WIDTH + 2, d_backward)
         if up is not None:
             h = _units(inner, step, seen, units, UNITS)
-            h *= tl.sigmoid(h)
+            h *= sigmoid(h)
             own = (tl.arange(0, UNITS) < units // 2)[None, :]
             part = tl.trans(tl.where(own, h, 0.0))
             d_up += tl.dot(part, d_forward, input_precision=PRECISION)
