@@ -34,7 +34,7 @@ from flexbench.kernels.conv import official as official_conv
 from flexbench.kernels.gpu import INSTALLED as TRITON
 from flexbench.kernels.scan import official as official_scan
 from flexbench.models import MixerConfig, backbone_parameters, match_width, resolve
-from flexbench.models.flexblock import BlockType, GuideMap, Route
+from flexbench.models.flexblock import BlockType, GuideMap, Route, Router
 from flexbench.models.stack import Backbone
 from flexbench.records import write_atomic, write_json
 
@@ -64,12 +64,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what makes each contestant's step, "ours" first."""
+    """One comparison: what makes each contestant's step, "ours" first.
+
+    `passes` are what the floor is made of; `ahead` is as of `milliseconds`.
+    """
 
     name: str
     shape: str
     contestants: Mapping[str, Callable[[], Step]]
     passes: tuple[Pass, ...] = ()
+    ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -198,8 +202,9 @@ def step_case(batch: int, length: int, device: str) -> Case:
     """A whole training step of each family, "ours" being mamba's.
 
     bimamba and hzip-lean at mamba's number of parameters, as near as widths of whole `ALIGNED`
-    come, flexblock at its width with a third of the blocks computed, every other one of them in
-    reverse.
+    come. flexblock at mamba's width, a third of its tokens computed: by a map from outside, every
+    third block and every other one of them in reverse, or by one that its router makes of every
+    batch, with the router's own training.
     """
     stack = StackConfig(d_model=D_MODEL, n_layers=N_LAYERS)
     mamba = resolve("mamba").parse({})
@@ -211,7 +216,10 @@ def step_case(batch: int, length: int, device: str) -> Case:
     l0 = 64
     options = {"l0": l0, "target_ratio": 1 / 3, "reduced_share": 0.0, "rev": "off"}
     models = {name: Backbone(stack, mixer) for name, mixer in mixers.items()}
-    third = models["flexblock, a third"] = Backbone(stack, resolve("flexblock").parse(options))
+    third, routed = (Backbone(stack, resolve("flexblock").parse(options)) for _ in range(2))
+    models |= {"flexblock, a third": third, "flexblock, a third by its router": routed}
+    assert isinstance(routed.router, Router)
+    routed.router.after_step(1.0, 0.0)
     guide = GuideMap.uniform(batch, torch.tensor(length, device=device), l0)
     leaf = torch.arange(len(guide), device=device)
     kind = torch.where(leaf % 3 == 0, BlockType.FULL, BlockType.IDENTITY)
@@ -223,7 +231,7 @@ def step_case(batch: int, length: int, device: str) -> Case:
         for name, model in models.items()
     }
     shape = f"batch {batch}, length {length}, d_model {D_MODEL}, {N_LAYERS} layers"
-    return Case("training step of mamba", shape, contestants)
+    return Case("training step of mamba", shape, contestants, ahead=False)
 
 
 def rounded(mixer: MixerConfig) -> MixerConfig:
@@ -270,15 +278,20 @@ MEASUREMENTS: dict[str, tuple[tuple[int, ...], Callable[[int, int, str], Case]]]
 }
 
 
-def milliseconds(step: Step, device: str) -> float:
-    """One repetition, by the device's clock. The device is kept busy until all is enqueued, so
-    that a kernel is not charged for Python."""
+def milliseconds(step: Step, device: str, ahead: bool = True) -> float:
+    """One repetition, by the device's clock.
+
+    Args:
+        ahead: keep the device busy until all is enqueued, so that a kernel is not charged for
+            Python. Otherwise it waits for Python wherever training would.
+    """
     if device != "cuda":
         start = time.perf_counter()
         step()
         return (time.perf_counter() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(4_000_000)
+    if ahead:
+        torch.cuda._sleep(4_000_000)
     begin.record()
     step()
     end.record()
@@ -309,7 +322,9 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def take_turns(contestants: dict[str, Step], device: str) -> dict[str, list[float]]:
+def take_turns(
+    contestants: dict[str, Step], device: str, ahead: bool = True
+) -> dict[str, list[float]]:
     """Milliseconds of the repetitions of each; a turn begins with one that is not timed."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     spent = dict.fromkeys(contestants, 0.0)
@@ -320,8 +335,9 @@ def take_turns(contestants: dict[str, Step], device: str) -> dict[str, list[floa
     ]:
         for name in waiting:
             began = time.perf_counter()
-            milliseconds(contestants[name], device)
-            taken[name] += [milliseconds(contestants[name], device) for _ in range(TURN)]
+            step = contestants[name]
+            milliseconds(step, device, ahead)
+            taken[name] += [milliseconds(step, device, ahead) for _ in range(TURN)]
             spent[name] += time.perf_counter() - began
     return taken
 
@@ -396,7 +412,7 @@ def measure(
     """One comparison, and what became of contestants that failed."""
     case = prepare(batch, length, device)
     contestants, lost = warm_up(case, device)
-    taken = take_turns(contestants, device)
+    taken = take_turns(contestants, device, case.ahead)
     medians = {name: statistics.median(times) for name, times in taken.items()}
     counts = {name: len(times) for name, times in taken.items()}
     return Timing(case.name, case.shape, medians, reached.floor(case.passes), counts), lost

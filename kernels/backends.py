@@ -36,17 +36,21 @@ def choose(op: str, asked: str, backends: tuple[str, ...], refusal: dict[str, st
     return asked
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> int:
-    """The number of packed sequences.
+def check_cu_seqlens(cu_seqlens: Tensor, packed: Tensor) -> int:
+    """The number of sequences packed in (1, length, ...).
 
     Raises:
-        ValueError: batch is not 1, or (checked on the CPU, where it costs nothing) the bounds do
-            not rise from 0 to length.
+        ValueError: batch is not 1, the bounds are elsewhere than on the input's GPU, or (checked on
+            the CPU, where it costs nothing) they do not rise from 0 to length. On a GPU bounds that
+            do not are the caller's fault: looking would make the host wait.
     """
+    batch, length = packed.shape[:2]
     if batch != 1:
         raise ValueError(f"with cu_seqlens the batch must be 1, not {batch}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError("cu_seqlens must be a vector of int32 bounds, 0 first")
+    if packed.is_cuda and cu_seqlens.device != packed.device:
+        raise ValueError(f"cu_seqlens must be on {packed.device}, where the input is")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         rising = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
         if not rising or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != length:

@@ -20,9 +20,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def triton_refusal(tensors: Iterable[Tensor | None]) -> str | None:
     """Why the Triton kernels cannot serve these inputs; None where they can."""
     given = [t for t in tensors if t is not None]
-    devices = {t.device.type for t in given}
-    if devices != {"cuda"} and not (INTERPRETED and devices == {"cpu"}):
-        return "the tensors are not all on a GPU"
+    devices = {t.device for t in given}
+    kinds = {device.type for device in devices}
+    if len(devices) > 1 or not (kinds == {"cuda"} or (INTERPRETED and kinds == {"cpu"})):
+        return "the tensors are not all on one GPU"
     if any(t.dtype == torch.float64 for t in given):
         return "it computes in float32 and an input is float64"
     return None if INSTALLED else "triton is not installed"

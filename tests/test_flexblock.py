@@ -174,7 +174,7 @@ def table(tree, channels: int, seed: int):
     }
 
     class LookUp(torch.nn.Module):
-        def forward(self, tree, nodes):
+        def forward(self, nodes):
             rows = torch.stack([nodes.batch, nodes.level, nodes.index], 1).tolist()
             found = [values[tuple(row)] for row in rows]
             return torch.stack(found) if found else torch.zeros(0, channels, dtype=F64)
@@ -212,7 +212,8 @@ def test_gates_and_forks_equal_the_walk(lengths, seed, form, which, forked):
     x, guide = inputs(lengths, seed), random_map(lengths, 4, seed)
     tree = flex.router.tree(x, cu_seqlens=bounds(lengths))
     alpha, flex.node_gate = table(tree, 1 if form.endswith("scalar") else flex.d_inner, seed)
-    route = replace(Route.by_hand(guide, STRIDE), tree=tree)
+    route = Route.by_hand(guide, STRIDE)
+    route = replace(route, gates=gated_nodes(tree, guide, route.packing, form, which))
     other = None
     if forked:
         draw = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """Mixers, the stack around them, and the matching of their sizes."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from flexbench import kernels
+from flexbench.bench import Follow
 from flexbench.config import StackConfig
 from flexbench.errors import UserError
 from flexbench.interface import Batch, ProblemSpec
@@ -23,7 +26,8 @@ from flexbench.models import (
     resolve,
 )
 from flexbench.models.bimamba import BiMamba
-from flexbench.models.flexblock import BlockType, GuideMap, Route
+from flexbench.models.flexblock import GuideMap, Route
+from flexbench.models.flexblock.readings import TwoReadings
 from flexbench.models.mamba import Mamba
 from flexbench.models.stack import ResidualLayer
 
@@ -51,6 +55,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 each_variant = pytest.mark.parametrize(
@@ -294,6 +305,21 @@ def test_parameters_are_marked_for_the_optimiser():
     assert marked("_ssm") == {"A_log", "dt_proj.weight", "dt_proj.bias"}
 
 
+def same_traced(made, backend, *inputs, **options):
+    """Compiled, outputs and gradients are the same."""
+
+    def run(module):
+        torch.manual_seed(0)
+        y = module(*inputs)
+        parameters = list(made.parameters())
+        return y, *torch.autograd.grad(y.square().sum(), parameters, materialize_grads=True)
+
+    state = deepcopy(made.state_dict())
+    expected = run(made)
+    made.load_state_dict(state)  # running statistics move with every batch
+    torch.testing.assert_close(run(torch.compile(made, backend=backend, **options)), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -303,29 +329,45 @@ def test_parameters_are_marked_for_the_optimiser():
         ("bimamba", {"share": "projections"}),
         ("hzip", {}),
         ("hzip-lean", {}),
-        ("flexblock", {"l0": 4}),
     ],
 )
-def test_the_mixer_compiles_whole(name, options):
-    torch.manual_seed(0)
-    module = mixer(name, options).build(8, layer=1, n_layers=2)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 13, 8)
-    given = {}
-    if name == "flexblock":  # the map is data: a router looks at it, and what follows it does not
-        guide = GuideMap.uniform(2, 13, 4)
-        block = torch.arange(len(guide))
-        kind = torch.where(block % 3 == 0, BlockType.IDENTITY, BlockType.FULL)
-        guide = replace(guide, type=kind, flags=block % 2)
-        given["guide"] = Route.by_hand(guide, row_length=13)
-    expected, got = module(x, **given), compiled(x, **given)
-    torch.testing.assert_close(got, expected)
-    plain, traced = (
-        torch.autograd.grad(y.sum(), list(module.parameters()), materialize_grads=True)
-        for y in (expected, got)
-    )
-    torch.testing.assert_close(traced, plain)
-    torch.compiler.reset()
+def test_the_model_compiles_into_one_graph(name, options, fresh_compiler):
+    batch = Batch(tokens(2, 13), labels(2))
+    same_traced(model(name, options).train(), "aot_eager", batch, fullgraph=True)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_flexblock_compiles_into_one_graph_where_its_route_is_given(twice, fresh_compiler):
+    made = model("flexblock", {"l0": 4}).backbone.train()
+    guide = GuideMap.uniform(2, 13, 4)
+    block = torch.arange(len(guide))
+    guide = replace(guide, type=block % 3, flags=block % 2)
+    route = Route.by_hand(guide, row_length=13)
+    if twice:
+        readings = TwoReadings(guide, route.packing, block % 4 < 2, 4, "block", 13)
+        route = replace(route, readings=readings, reversal=torch.rand(len(guide)))
+    made.router = Follow(route)
+    same_traced(made, "aot_eager", torch.randn(2, 13, 16), fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lengths", "graphs"),
+    [
+        ("mamba", {}, [13, 6], 2),
+        ("flexblock", {"l0": 4, "rev": "off"}, None, 4),  # whoever called the router has a rest
+        ("hzip", {"block_gating": 4}, None, 10),
+    ],
+)
+def test_what_depends_on_data_is_found_between_graphs(
+    name, options, lengths, graphs, fresh_compiler
+):
+    made = model(name, options, n_layers=1).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        given = None if lengths is None else torch.tensor(lengths)
+        same_traced(made, counter, Batch(tokens(2, 13), labels(2), given))
+        assert counter.frame_count <= graphs
 
 
 @each_variant

@@ -121,10 +121,10 @@ def test_the_same_bits_twice(segment, device):
 def test_what_is_stored_is_known_from_the_shapes(segment, device):
     """So that `torch.compile` can trace a call."""
     inputs = {k: v.float().to(device) for k, v in scan_inputs(1, 35, 3, 2, 0, 2).items()}
-    events, event_bounds = schedule(torch.tensor([[0, 0, 7]]).int(), bounds([12, 23]))
+    plan = schedule(torch.tensor([[0, 0, 7]]).int(), bounds([12, 23]))
     alpha = torch.rand(1, 3, device=device)
-    nodes = (events.to(device), event_bounds.to(device), alpha)
-    for given, count in (((None, None, None), 0), (nodes, len(events))):
+    nodes = (plan.events.to(device), plan.bounds.to(device), alpha)
+    for given, count in (((None, None, None), 0), (nodes, len(plan.events))):
         packed = bounds([12, 23]).to(device)
         outputs = kernels.scan_forward(
             *(inputs[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from pydantic import PositiveInt
 from torch import nn
 from typing_extensions import Self
@@ -59,6 +61,15 @@ class MixerConfig(StrictModel, ABC):
     @abstractmethod
     def state_size(self, d_model: int) -> int | None:
         """Floats of recurrent state carried from step to step by one layer; None: unknown."""
+
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def untraced(function: C) -> C:
+    """The function, run between two graphs of torch.compile: what it finds has a size that depends
+    on data, such as the number of blocks or of real steps."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 registry: Registry[type[MixerConfig]] = Registry("model", "flexbench.models", "flexbench.models")

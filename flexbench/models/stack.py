@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from flexbench import kernels
 from flexbench.config import StackConfig
 from flexbench.errors import UserError
 from flexbench.interface import IGNORED, Batch, ProblemSpec
-from flexbench.models.base import MixerConfig
+from flexbench.models.base import MixerConfig, untraced
 from flexbench.models.flops import count_flops
 
 
@@ -30,28 +29,31 @@ class Layout:
         lengths: (rows,) int64 real steps of each row.
         packed: whether the backbone sees (1, total, d), the rows' real steps one after another, or
             the padded (rows, length, d).
+        real: (rows, length, 1) bool, False at padding.
+        positions: (total,) int64 indices of the real steps among the rows * length.
+        cu_seqlens: (rows + 1,) int32 bounds of the packed rows.
     """
 
     rows: int
     length: int
     lengths: Tensor
     packed: bool
+    real: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
 
-    @cached_property
-    def real(self) -> Tensor:
-        """(rows, length, 1) bool, False at padding."""
-        steps = torch.arange(self.length, device=self.lengths.device)
-        return (steps < self.lengths[:, None]).unsqueeze(-1)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """(total,) int64 indices of the real steps among the rows * length."""
-        return self.real.flatten().nonzero().squeeze(1)
-
-    @cached_property
-    def cu_seqlens(self) -> Tensor:
-        """(rows + 1,) int32 bounds of the packed rows."""
-        return F.pad(self.lengths.cumsum(0), (1, 0)).int()
+    @classmethod
+    def of(cls, batch: Batch, packed: bool) -> Layout | None:
+        """The batch's layout; None where every row fills the length."""
+        rows, length = batch.inputs.shape[:2]
+        lengths = batch.lengths
+        if lengths is None or bool((lengths == length).all()):
+            return None
+        steps = torch.arange(length, device=lengths.device)
+        real = (steps < lengths[:, None]).unsqueeze(-1)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        positions = real.flatten().nonzero().squeeze(1)
+        return cls(rows, length, lengths, packed, real, positions, cu_seqlens)
 
     def pack(self, x: Tensor) -> Tensor:
         """(rows, length, ...) to (1, total, ...), padding left out."""
@@ -64,7 +66,11 @@ class Layout:
 
 
 class ResidualLayer(nn.Module):
-    """x + dropout(mixer(norm(x))). The residual x stays in float32 under autocast."""
+    """x + dropout(mixer(norm(x))).
+
+    Under autocast the residual x stays in float32, and the mixer's input is cast once, here, not by
+    each of its products.
+    """
 
     def __init__(self, mixer: nn.Module, stack: StackConfig) -> None:
         super().__init__()
@@ -77,6 +83,8 @@ class ResidualLayer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout | None = None, guide: Any = None) -> Tensor:
         normed = self.norm(x)
+        if torch.is_autocast_enabled(x.device.type):
+            normed = normed.to(torch.get_autocast_dtype(x.device.type))
         more = {} if guide is None else {"guide": guide}
         if layout is None:
             mixed = self.mixer(normed, **more)
@@ -183,7 +191,9 @@ class SequenceModel(nn.Module):
 
     def _features(self, batch: Batch) -> Tensor:
         """What the decoder reads: (rows, d_model), or (rows, length, d_model)."""
-        layout = self._layout(batch)
+        layout = None
+        if batch.lengths is not None:
+            layout = untraced(Layout.of)(batch, self.backbone.packs)
         packing = layout if layout is not None and layout.packed else None
         x = self.encoder(packing.pack(batch.inputs) if packing else batch.inputs)
         x = self.backbone(x.to(torch.promote_types(x.dtype, torch.float32)), layout)
@@ -192,13 +202,6 @@ class SequenceModel(nn.Module):
         if self.spec.output == "sequence":
             x = pool(x, layout, self.stack.pool)
         return x
-
-    def _layout(self, batch: Batch) -> Layout | None:
-        """The batch's layout; None where every row fills the length."""
-        rows, length = batch.inputs.shape[:2]
-        if batch.lengths is None or bool((batch.lengths == length).all()):
-            return None
-        return Layout(rows, length, batch.lengths, self.backbone.packs)
 
     def backbone_parameters(self) -> int:
         """Number of parameters between the encoder and the decoder."""

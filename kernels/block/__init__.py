@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,22 @@ OPEN, SWAP, MIX = range(3)
 """What happens to the state at a node's start, middle and end: see scan.cpp."""
 
 
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Nodes, and what a walk from left to right does at which token.
+
+    Attributes:
+        nodes: (nodes, 3) int32, as for `block_scan`.
+        events: (events, 4) int32 (token that it comes before, operation, node, slot) by sequence
+            and in order. A slot is the depth at which a node lies.
+        bounds: (sequences + 1,) int32, of each sequence's events.
+    """
+
+    nodes: Tensor
+    events: Tensor
+    bounds: Tensor
+
+
 def block_scan(
     u: Tensor,
     delta: Tensor,
@@ -27,7 +45,7 @@ def block_scan(
     *,
     cu_blocks: Tensor,
     cu_seqlens: Tensor | None = None,
-    nodes: Tensor | None = None,
+    nodes: Tensor | Schedule | None = None,
     alpha: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
@@ -59,7 +77,8 @@ def block_scan(
         cu_seqlens: (sequences + 1,) int32 bounds of the sequences; None: there is one.
         nodes: (nodes, 3) int32 start <= middle < end, or all equal (no effect), each inside one
             sequence and any two either apart or one within a stretch of the other; of two with the
-            same bounds the earlier row is the outer one.
+            same bounds the earlier row is the outer one. Or what `schedule` made of them and of
+            `cu_seqlens`, for scans that share them.
         alpha: (nodes, 1) or (nodes, dim), in [0, 1].
         return_last_state: also return the state after the last token, (sequences, dim, state).
         backend: "auto", or one of `BACKENDS`.
@@ -71,37 +90,36 @@ def block_scan(
         ValueError: shapes that do not fit, bad bounds, nodes that cross, or a backend that cannot
             serve the call.
     """
-    batch, length, dim = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, repeats)
-    check_cu_seqlens(cu_blocks, batch, length)
+    _, length, dim = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, repeats)
+    check_cu_seqlens(cu_blocks, u)
     if cu_seqlens is None:
         # Not made from a list: the copy to a GPU would wait for it.
         cu_seqlens = torch.arange(2, dtype=torch.int32, device=u.device) * length
-    sequences = check_cu_seqlens(cu_seqlens, batch, length)
+    sequences = check_cu_seqlens(cu_seqlens, u)
     if initial_state is not None and initial_state.shape != (sequences, dim, A.shape[1]):
         shape = (sequences, dim, A.shape[1])
         raise ValueError(f"initial_state must be {shape}, not {tuple(initial_state.shape)}")
     if (nodes is None) != (alpha is None):
         raise ValueError("nodes and alpha go together")
-    events = bounds = None
+    mixed = events = bounds = None
     if nodes is not None and alpha is not None:
-        if nodes.dim() != 2 or nodes.shape[1] != 3 or nodes.dtype != torch.int32:
-            raise ValueError(f"nodes must be (nodes, 3) int32, not {tuple(nodes.shape)}")
-        if alpha.dim() != 2 or alpha.shape[0] != len(nodes) or alpha.shape[1] not in (1, dim):
-            wanted = f"({len(nodes)}, 1 or {dim})"
+        plan = nodes if isinstance(nodes, Schedule) else schedule(nodes, cu_seqlens)
+        mixed, events, bounds = plan.nodes, plan.events, plan.bounds
+        if alpha.dim() != 2 or alpha.shape[0] != len(mixed) or alpha.shape[1] not in (1, dim):
+            wanted = f"({len(mixed)}, 1 or {dim})"
             raise ValueError(f"alpha must be {wanted}, not {tuple(alpha.shape)}")
         alpha = alpha.expand(-1, dim)
-        events, bounds = schedule(nodes, cu_seqlens)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, alpha)
     refusal = {
         "cpu": cpu_refusal(tensors),
-        "triton": triton_refusal((*tensors, cu_blocks, cu_seqlens, repeats, nodes)),
+        "triton": triton_refusal((*tensors, cu_blocks, cu_seqlens, repeats, mixed)),
         "reference": None,
     }
     chosen = choose("block_scan", backend, BACKENDS, refusal)
     if chosen == "reference":
         y, last_state = block_scan_reference(
             *(u, delta, A, B, C, D, z, delta_bias, delta_softplus),
-            *(initial_state, cu_blocks, cu_seqlens, repeats, nodes, alpha),
+            *(initial_state, cu_blocks, cu_seqlens, repeats, mixed, alpha),
         )
     else:
         y, last_state = run_scan(
@@ -111,17 +129,14 @@ def block_scan(
     return (y, last_state) if return_last_state else y
 
 
-def schedule(nodes: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """What a walk from left to right does at which token.
-
-    Returns:
-        events (events, 4) int32 (token that it comes before, operation, node, slot) by sequence and
-        in order, and bounds (sequences + 1,) int32 of each sequence's. A slot is the depth at which
-        a node lies.
+def schedule(nodes: Tensor, cu_seqlens: Tensor) -> Schedule:
+    """The nodes of a `block_scan` put in order; both arguments as there.
 
     Raises:
-        ValueError: nodes that cross, or leave their sequence.
+        ValueError: no int32 triples, or nodes that cross or leave their sequence.
     """
+    if nodes.dim() != 2 or nodes.shape[1] != 3 or nodes.dtype != torch.int32:
+        raise ValueError(f"nodes must be (nodes, 3) int32, not {tuple(nodes.shape)}")
     index = torch.arange(len(nodes), device=nodes.device)
     start, middle, end = nodes.long().T.contiguous()
     sequence = torch.searchsorted(cu_seqlens[1:].long(), start, right=True)
@@ -151,4 +166,4 @@ def schedule(nodes: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("nodes must nest, each within one sequence")
     events = torch.stack([position, operation, node, slot[node]], 1).int().contiguous()
     counts = torch.bincount(where, minlength=len(cu_seqlens) - 1)
-    return events, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    return Schedule(nodes, events, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int())

@@ -54,7 +54,7 @@ def causal_conv1d(
     """
     if x.dim() != 3:
         raise ValueError(f"x must be (batch, length, dim), not {tuple(x.shape)}")
-    batch, length, dim = x.shape
+    dim = x.shape[2]
     if weight.dim() != 2 or weight.shape[0] != dim or not 2 <= weight.shape[1] <= 4:
         raise ValueError(f"weight must be ({dim}, 2 to 4), not {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (dim,):
@@ -62,7 +62,7 @@ def causal_conv1d(
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', not {activation!r}")
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, batch, length)
+        check_cu_seqlens(cu_seqlens, x)
     tensors = (x, weight, bias)
     refusal = {
         "cpu": cpu_refusal(tensors),

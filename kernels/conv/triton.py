@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexbench.kernels.conv.cpu import eager
-from flexbench.kernels.device import load_rows, sequence_of
+from flexbench.kernels.device import load_rows, sequence_of, sigmoid
 from flexbench.kernels.gpu import last_contiguous
 
 STEPS, CHANNELS, CHUNK = 8, 64, 256
@@ -61,7 +61,7 @@ def _forward(
         channel, x_step, dim, WIDTH, REVERSE,
     )  # fmt: skip
     if SILU:
-        value *= tl.sigmoid(value)
+        value *= sigmoid(value)
     at = (batch.to(tl.int64) * length + step)[:, None] * dim + channel[None, :]
     there = (step < length)[:, None] & (channel < dim)[None, :]
     tl.store(y + at, value.to(y.dtype.element_ty), mask=there)
@@ -79,7 +79,7 @@ def _gradient(
         value = _pre_activation(
             x, weight, bias, step, first, last, seen, channel, x_step, dim, WIDTH, REVERSE
         )
-        s = tl.sigmoid(value)
+        s = sigmoid(value)
         g *= s * (1.0 + value * (1.0 - s))
     return g
 

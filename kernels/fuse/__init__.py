@@ -15,7 +15,7 @@ from flexbench.kernels.fuse.reference import hzip_fuse_reference, hzip_gates_ref
 from flexbench.kernels.gpu import triton_refusal
 
 BACKENDS = ("cpu", "triton", "reference")
-MOST_UNITS, FARTHEST = 64, 8
+MOST_UNITS, FARTHEST = 16, 8
 """What the Triton kernels hold in registers: hidden units of both gates, and steps looked at."""
 
 
@@ -82,7 +82,7 @@ def hzip_fuse(
     floats = (y_f, y_b, z, taps, taps_bias, down, hidden, hidden_bias, up, diagonal, bias)
     _check(*floats, window, smoothing)
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, *y_f.shape[:2])
+        check_cu_seqlens(cu_seqlens, y_f)
     refusal = {
         "cpu": cpu_refusal(floats),
         "triton": triton_refusal((*floats, cu_seqlens)) or _too_large(taps, up, window),

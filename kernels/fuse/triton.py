@@ -10,7 +10,8 @@ are summed over a chunk of steps in order, and over chunks by torch: the same in
 bits.
 
 A row is a step of a row of the batch. Features are numbered as in `hzip_fuse`: the context, if any,
-then G_f and G_b. `UNITS` is the number of hidden units padded for the tensor cores.
+then G_f and G_b. Hidden units are padded to `MOST_UNITS`, the fewest that tensor cores take; the
+sums that `_parameter_gradients` would keep of twice as many do not fit into a thread's registers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexbench.kernels.device import load_rows, sequence_of
+from flexbench.kernels.device import load_rows, sequence_of, sigmoid
+from flexbench.kernels.fuse import MOST_UNITS
 from flexbench.kernels.fuse.cpu import INPUTS, eager
 from flexbench.kernels.fuse.reference import EPSILON
 from flexbench.kernels.gpu import last_contiguous
@@ -48,7 +50,7 @@ LOOSE = ("sequences", "length")
 @triton.jit
 def _slope(x):
     """The derivative of silu."""
-    s = tl.sigmoid(x)
+    s = sigmoid(x)
     return s * (1.0 + x * (1.0 - s))
 
 
@@ -162,7 +164,7 @@ def _features(
         pre = _context(
             y_f, y_b, taps, taps_bias, step, first, last, there, channel, f_step, b_step, dim, WIDTH
         )
-        context = pre * tl.sigmoid(pre)
+        context = pre * sigmoid(pre)
         if scale is not None:
             context *= _scales(scale, step, there, 0, FEATURES)
     if WINDOW > 0:
@@ -206,13 +208,13 @@ def _gates(
         backward += _weighted(diagonal, 1, context, g_f, g_b, channel, dim, WIDTH, WINDOW)
     if up is not None:
         h = _units(inner, step, there, units, UNITS)
-        h *= tl.sigmoid(h)
+        h *= sigmoid(h)
         forward += tl.dot(h, _up(up, 0, channel, dim, units, UNITS), input_precision=PRECISION)
         backward += tl.dot(h, _up(up, 1, channel, dim, units, UNITS), input_precision=PRECISION)
     if SOFTMAX:
-        gate = tl.sigmoid(forward - backward)
+        gate = sigmoid(forward - backward)
         return gate, 1.0 - gate
-    return tl.sigmoid(forward), tl.sigmoid(backward)
+    return sigmoid(forward), sigmoid(backward)
 
 
 @triton.jit(do_not_specialize=LOOSE)
@@ -319,7 +321,7 @@ def _fuse(
     value = forward * value_f + backward * value_b
     if z is not None:
         gate = load_rows(z + batch * z_batch, step, z_step, channel, here)
-        value *= gate * tl.sigmoid(gate)
+        value *= gate * sigmoid(gate)
     at = (batch * length + step)[:, None] * dim + channel[None, :]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
 
@@ -349,7 +351,7 @@ def _logit_gradients(
     dy = load_rows(dout, step, o_step, channel, here)
     if z is not None:
         gate = load_rows(z, step, z_step, channel, here)
-        dy *= gate * tl.sigmoid(gate)
+        dy *= gate * sigmoid(gate)
     if SOFTMAX:
         d_forward = dy * (value_f - value_b) * forward * backward
         d_backward = -d_forward
@@ -517,7 +519,7 @@ def _gradients(
         gate = load_rows(z, step, z_step, channel, here)
         d = dy * (forward * value_f + backward * value_b) * _slope(gate)
         tl.store(dz + at, d.to(dz.dtype.element_ty), mask=here)
-        dy *= gate * tl.sigmoid(gate)
+        dy *= gate * sigmoid(gate)
     total_f = dy * forward
     total_b = dy * backward
     # A feature up to REACH steps away reads this step.
@@ -620,7 +622,7 @@ def _parameter_gradients(
             sums = _add(sums, 2 * WIDTH + 2, d_backward)
         if up is not None:
             h = _units(inner, step, seen, units, UNITS)
-            h *= tl.sigmoid(h)
+            h *= sigmoid(h)
             own = (tl.arange(0, UNITS) < units // 2)[None, :]
             part = tl.trans(tl.where(own, h, 0.0))
             d_up += tl.dot(part, d_forward, input_precision=PRECISION)
@@ -673,13 +675,12 @@ def _parameter_gradients(
     tl.store(partial + at + FEATURES * UNITS * dim, d_up, mask=inside)
 
 
-def _plan(y_f: Tensor, taps: Tensor | None, up: Tensor | None, window: int) -> dict[str, Any]:
+def _plan(y_f: Tensor, taps: Tensor | None, window: int) -> dict[str, Any]:
     """Constexprs that follow from the inputs."""
-    units = 0 if up is None else 2 * up.shape[2]
     return {
         "WIDTH": 0 if taps is None else taps.shape[2],
         "WINDOW": window,
-        "UNITS": max(16, triton.next_power_of_2(units)),
+        "UNITS": MOST_UNITS,
         "PRECISION": PRECISION[y_f.dtype],
     }
 
@@ -695,7 +696,7 @@ class _Call:
         y_f, up = self.inputs["y_f"], self.inputs["up"]
         self.batch, self.length, self.dim = y_f.shape
         self.units = 0 if up is None else 2 * up.shape[2]
-        self.plan = _plan(y_f, self.inputs["taps"], up, window)
+        self.plan = _plan(y_f, self.inputs["taps"], window)
         self.features = (self.plan["WIDTH"] > 0) + 2 * (window > 0)
         self.inputs["cu_seqlens"] = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.inputs["sequences"] = 0 if cu_seqlens is None else len(cu_seqlens) - 1
@@ -758,7 +759,7 @@ def fuse_backward(dout: Tensor, *inputs: Any) -> list[Tensor]:
     *given, cu_seqlens, window, centred, normalise, softmax = inputs
     call = _Call(tuple(given), cu_seqlens, window)
     batch, length, dim, units = call.batch, call.length, call.dim, call.units
-    width, padded, features = call.plan["WIDTH"], call.plan["UNITS"], call.features
+    width, features = call.plan["WIDTH"], call.features
     dout = last_contiguous(dout)
     call.take(o=dout)
     y_f, y_b, z, *_ = given
@@ -768,7 +769,7 @@ def fuse_backward(dout: Tensor, *inputs: Any) -> list[Tensor]:
     }
     head = triton.next_power_of_2(2 * width + 3 + 2 * features)
     chunks = batch * triton.cdiv(length, CHUNK)
-    partial = call.empty(chunks, head + (features + 1) * padded, dim)
+    partial = call.empty(chunks, head + (features + 1) * MOST_UNITS, dim)
     d_inner = call.empty(batch, length, units)
     if batch * length * dim:
         call.hidden({"CENTRED": centred}, normalise)
@@ -781,8 +782,8 @@ def fuse_backward(dout: Tensor, *inputs: Any) -> list[Tensor]:
         call.launch(_parameter_gradients, CHUNK, SUMS=head, CHUNK=CHUNK, **options)
     sums = partial.sum(0)
     tapped, diagonal = sums[: 2 * width], sums[2 * width + 3 :][: 2 * features]
-    down = sums[head:][: features * padded].view(features, padded, dim)[:, :units]
-    up = sums[head + features * padded :][:units]
+    down = sums[head:][: features * MOST_UNITS].view(features, MOST_UNITS, dim)[:, :units]
+    up = sums[head + features * MOST_UNITS :][:units]
     parameters = {
         "dtaps": tapped.view(2, width, dim).permute(2, 0, 1),
         "dtaps_bias": sums[2 * width],
@@ -821,7 +822,7 @@ def compilations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], d
     )
     for case, kind, absent, options in cases:
         plan = {
-            **{"WIDTH": 3, "WINDOW": 1, "UNITS": 16, "SUMS": 16, "CHUNK": CHUNK},
+            **{"WIDTH": 3, "WINDOW": 1, "UNITS": MOST_UNITS, "SUMS": 16, "CHUNK": CHUNK},
             **{"CENTRED": options, "SOFTMAX": options, "EPSILON": EPSILON},
             **{"PRECISION": PRECISION[torch.float32 if kind == "*fp32" else torch.bfloat16]},
         }

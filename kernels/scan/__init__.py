@@ -65,10 +65,10 @@ def selective_scan(
         ValueError: shapes that do not fit, a bad `cu_seqlens`, or a backend that cannot serve the
             call.
     """
-    batch, length, dim = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, repeats)
+    batch, _, dim = check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, repeats)
     sequences = batch
     if cu_seqlens is not None:
-        sequences = check_cu_seqlens(cu_seqlens, batch, length)
+        sequences = check_cu_seqlens(cu_seqlens, u)
     if initial_state is not None and initial_state.shape != (sequences, dim, A.shape[1]):
         wanted = (sequences, dim, A.shape[1])
         raise ValueError(f"initial_state must be {wanted}, not {tuple(initial_state.shape)}")

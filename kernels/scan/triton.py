@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexbench.kernels.device import LOG2E, sigmoid
 from flexbench.kernels.scan.cpu import runner
 
 LANES = tl.constexpr(32)
@@ -34,7 +35,6 @@ GROUP = tl.constexpr(4)
 """States side by side in a thread."""
 TILE = tl.constexpr(8)
 """Steps between stored states: what a thread has registers to recompute."""
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SWAP = tl.constexpr(1)  # between OPEN and MIX of flexbench.kernels.block
 LATEST = tl.constexpr(2**31 - 1)
@@ -55,11 +55,6 @@ def _softplus(x):
     r = s * s
     p = ((((r / 13 + 1 / 11) * r + 1 / 9) * r + 1 / 7) * r + 1 / 5) * r + 1 / 3
     return tl.maximum(x, 0.0) + 2.0 * s * (p * r + 1.0)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
@@ -302,7 +297,7 @@ def _outputs(
                 out += us[t] * tl.load(D + d, mask=d < dim, other=0.0)
             if z is not None:
                 gate = gates[t].to(tl.float32)
-                out *= gate * _sigmoid(gate)
+                out *= gate * sigmoid(gate)
             _store_step(y, row, room, t, d, dim, out, sign)
     if last is not None:
         _store_states(last, segment, d, dim, STATE, h)
@@ -343,7 +338,7 @@ def _summaries(
                 x = tl.where(t <= room, x, 0.0)
                 if z is not None:
                     gate = gates[t].to(tl.float32)
-                    x *= gate * _sigmoid(gate)
+                    x *= gate * sigmoid(gate)
             after = ()
             for g in tl.static_range(groups):
                 b = _load_shared(BC, row, room, t, g, 1 if ADJOINT else 0, STATE, sign)
@@ -533,7 +528,7 @@ def _gradients(
             dy = tl.where(t <= room, douts[t].to(tl.float32), 0.0)
             if z is not None:
                 gate = gates[t].to(tl.float32)
-                dy *= gate * _sigmoid(gate)
+                dy *= gate * sigmoid(gate)
             steps = steps + (step,)
             inputs = inputs + (step * us[t].to(tl.float32),)
             dys = dys + (dy,)
@@ -598,10 +593,10 @@ def _gradients(
             x = _load_step(u, row, room, t, u_stride, d, dim, sign)
             slope = 1.0
             if SOFTPLUS:
-                slope = _sigmoid(deltas[t].to(tl.float32) + bias)
+                slope = sigmoid(deltas[t].to(tl.float32) + bias)
             if z is not None:
                 gate = gates[t].to(tl.float32)
-                opened = _sigmoid(gate)
+                opened = sigmoid(gate)
                 out = douts[t].to(tl.float32)
                 out *= opened * (1.0 + gate * (1.0 - opened)) * (ys[t] + skip * x)
                 _store_step(dz, row, room, t, d, dim, out, sign)
@@ -627,7 +622,8 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
 def _shared(B: Tensor, C: Tensor) -> Tensor:
     """float32 (tokens, 2, state up to whole groups), so that a group is one aligned load."""
     rows = torch.stack([t.reshape(-1, t.shape[-1]).float() for t in (B, C)], 1)
-    return torch.nn.functional.pad(rows, (0, -rows.shape[2] % GROUP.value))
+    missing = -rows.shape[2] % GROUP.value
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 
 
 def _f32(tensor: Tensor | None) -> Tensor | None:

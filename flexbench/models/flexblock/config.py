@@ -38,7 +38,9 @@ class FlexBlockConfig(MambaOptions, RouterOptions):
     def build_router(self, d_model: int) -> nn.Module | None:
         if self.scope == "layer":
             return None
-        return Router(d_model, self.router_options, gated=self.gate_form != "none")
+        return Router(
+            d_model, self.router_options, gate_form=self.gate_form, gate_nodes=self.gate_nodes
+        )
 
     @property
     def router_options(self) -> RouterOptions:

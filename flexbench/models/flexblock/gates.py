@@ -27,6 +27,7 @@ class Nodes:
         batch, level, index: (nodes,) int64, where they lie in the tree.
         start, end: (nodes,) int64 bounds among the computed tokens, start < end.
         block: (nodes,) int64, the row of the map that the node lies in, -1 if it is one or more.
+        attributes: (nodes, summary + 4), what the tree knows of each, and its level.
     """
 
     batch: Tensor
@@ -35,6 +36,7 @@ class Nodes:
     start: Tensor
     end: Tensor
     block: Tensor
+    attributes: Tensor
 
 
 def gated_nodes(
@@ -56,33 +58,39 @@ def gated_nodes(
     owner = torch.arange(len(guide), device=bounds.device).repeat_interleave(leaves)
     place = torch.arange(len(owner), device=bounds.device) - (leaves.cumsum(0) - leaves)[owner]
     row_of[guide.batch[owner], first_leaf[owner] + place] = owner
-    found: list[tuple[Tensor, ...]] = []
-    for level in reversed(range(len(tree))):
-        batch, index = (tree[level].tokens > 0).nonzero(as_tuple=True)
-        head = index << level
-        row = row_of[batch, head]
-        inside = guide.level[row] > level
-        if form.startswith("leaf"):
-            chosen = guide.level[row] == level
-        else:
-            sibling = (index ^ 1).clamp(max=tree[level].tokens.shape[1] - 1)
-            paired = (sibling != index) & (tree[level].tokens[batch, sibling] > 0)
-            merged = inside & (guide.type[row] == BlockType.FULL)
-            wanted = {"merged": merged, "above": ~inside, "all": merged | ~inside}
-            chosen = paired & wanted[which]
-        batch, index, head, row, inside = (t[chosen] for t in (batch, index, head, row, inside))
-        tail = torch.minimum((index + 1) << level, -(-guide.lengths[batch] // l0)) - 1
-        # Inside a block tokens are counted from its start, or from its end where it is reversed.
-        tokens = tree[level].tokens[batch, index]
-        offset = head * l0 - guide.start[row]
-        offset = torch.where(guide.reverse[row], guide.length[row] - offset - tokens, offset)
-        start = torch.where(inside, bounds[row] + offset, bounds[row])
-        end = torch.where(inside, start + tokens, bounds[row_of[batch, tail] + 1])
-        block = torch.where(inside, row, -1)
-        kept = end > start
-        columns = (batch, torch.full_like(batch, level), index, start, end, block)
-        found.append(tuple(column[kept] for column in columns))
-    return Nodes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    levels = list(reversed(range(len(tree))))
+    widths = [tree[k].tokens.shape[1] for k in levels]
+    tokens = torch.cat([tree[k].tokens for k in levels], 1)
+    node, batch = (tokens > 0).T.nonzero(as_tuple=True)
+    device = node.device
+    level = torch.tensor(levels, device=device).repeat_interleave(
+        torch.tensor(widths, device=device), output_size=sum(widths)
+    )[node]
+    index = torch.cat([torch.arange(n, device=device) for n in widths])[node]
+    tokens = tokens[batch, node]
+    head = index << level
+    row = row_of[batch, head]
+    inside = guide.level[row] > level
+    if form.startswith("leaf"):
+        chosen = guide.level[row] == level
+    else:
+        siblings = torch.cat([tree[k].sibling_tokens for k in levels], 1)
+        merged = inside & (guide.type[row] == BlockType.FULL)
+        wanted = {"merged": merged, "above": ~inside, "all": merged | ~inside}
+        chosen = (siblings[batch, node] > 0) & wanted[which]
+    tail = torch.minimum((index + 1) << level, -(-guide.lengths[batch] // l0)) - 1
+    # Inside a block tokens are counted from its start, or from its end where it is reversed.
+    offset = head * l0 - guide.start[row]
+    offset = torch.where(guide.reverse[row], guide.length[row] - offset - tokens, offset)
+    start = torch.where(inside, bounds[row] + offset, bounds[row])
+    end = torch.where(inside, start + tokens, bounds[row_of[batch, tail] + 1])
+    block = torch.where(inside, row, -1)
+    kept = (chosen & (end > start)).nonzero()[:, 0]
+    columns = (batch, level, index, start, end, block)
+    batch, level, index, start, end, block = (column[kept] for column in columns)
+    known = at_nodes([nodes.features for nodes in tree], batch, level, index)
+    attributes = torch.cat([known, level[:, None].to(known.dtype)], dim=-1)
+    return Nodes(batch, level, index, start, end, block, attributes)
 
 
 class NodeGate(nn.Module):
@@ -100,8 +108,6 @@ class NodeGate(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.constant_(self.output.bias, OPEN_BIAS)
 
-    def forward(self, tree: list[Level], nodes: Nodes) -> Tensor:
+    def forward(self, nodes: Nodes) -> Tensor:
         """(nodes, channels)."""
-        chosen = at_nodes([level.features for level in tree], nodes.batch, nodes.level, nodes.index)
-        chosen = torch.cat([chosen, nodes.level[:, None].to(chosen.dtype)], dim=-1)
-        return self.output(F.gelu(self.hidden(chosen))).sigmoid()
+        return self.output(F.gelu(self.hidden(nodes.attributes))).sigmoid()

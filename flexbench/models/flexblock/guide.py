@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -279,7 +278,7 @@ class Packing:
     def __len__(self) -> int:
         return len(self.start)
 
-    @cached_property
+    @property
     def repeats(self) -> Tensor | None:
         """(1, computed) for the scan, None where every token stands for itself."""
         return self.count[None] if self.reduced else None

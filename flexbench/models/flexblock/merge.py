@@ -51,6 +51,11 @@ class Level:
     tokens: Tensor
 
     @property
+    def sibling_tokens(self) -> Tensor:
+        """(batch, nodes) int64, real tokens below each node's sibling, 0 where there is none."""
+        return _pairs(self.tokens).flip(2).flatten(1)[:, : self.tokens.shape[1]]
+
+    @property
     def features(self) -> Tensor:
         """(batch, nodes, features + 3): summary, homogeneity, reverse, bidirectional."""
         scalars = torch.stack([self.homogeneity, self.reverse, self.bidirectional], dim=-1)
@@ -102,10 +107,11 @@ def build_tree(attributes: BlockAttributes, lengths: Tensor, l0: int) -> list[Le
     """All levels of the aligned tree, leaves first, up to the one with a single node.
 
     Raises:
-        ValueError: fewer leaves than the longest sequence needs.
+        ValueError: on the CPU, fewer leaves than the longest sequence needs.
     """
     leaves = attributes.reverse.shape[1]
-    if leaves * l0 < int(lengths.max()):
+    # Asked on the CPU, where it costs nothing: a GPU would have to be waited for.
+    if lengths.device.type == "cpu" and leaves * l0 < int(lengths.max()):
         raise ValueError(f"{leaves} leaves of {l0} tokens do not cover {int(lengths.max())} tokens")
     begins = torch.arange(leaves, device=lengths.device) * l0
     bidirectional = attributes.bidirectional

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from flexbench import kernels
-from flexbench.models.flexblock.gates import GateForm, GateNodes, NodeGate, gated_nodes
+from flexbench.models.flexblock.gates import GateForm, GateNodes, NodeGate
 from flexbench.models.flexblock.guide import GuideMap
 from flexbench.models.flexblock.router import Route, Router, RouterOptions, real_lengths
 from flexbench.models.mamba import Mamba
@@ -58,9 +57,9 @@ class FlexBlockMamba(Mamba):
         chosen = {key: options.pop(key) for key in RouterOptions.model_fields if key in options}
         super().__init__(d_model, *arguments, d_inner=d_inner, **options)
         self.options = RouterOptions.parse(chosen)
-        self.gate_form, self.gate_nodes = gate_form, gate_nodes
+        self.gate_form = gate_form
         self.scope = scope
-        router = Router(d_model, self.options, gated=gate_form != "none")
+        router = Router(d_model, self.options, gate_form=gate_form, gate_nodes=gate_nodes)
         self.router = router if own_router else None
         if gate_form != "none":
             channels = 1 if gate_form.endswith("scalar") else self.d_inner
@@ -85,7 +84,8 @@ class FlexBlockMamba(Mamba):
             x's shape; zero at padding and wherever the map computes nothing.
 
         Raises:
-            ValueError: the map is not of these sequences, or there is none and no router.
+            ValueError: the map is not of these sequences, or there is none and no router, or there
+                are gates and it does not say of which nodes.
         """
         route = self._route(x, lengths, guide, cu_seqlens)
         if route.is_plain and self.gate_form == "none" and lengths is None:
@@ -111,111 +111,73 @@ class FlexBlockMamba(Mamba):
             if self.router is None:
                 raise ValueError("this layer has no router of its own; hand it a guide")
             return cast(Route, self.router(x, lengths, cu_seqlens))
-        lengths = real_lengths(x, lengths, cu_seqlens)
-        if not torch.equal(guide.lengths, lengths):
+        real = real_lengths(x, lengths, cu_seqlens)
+        if not torch.equal(guide.lengths, real):
             raise ValueError(
-                f"the map is of sequences of {guide.lengths.tolist()} tokens, "
-                f"not {lengths.tolist()}"
+                f"the map is of sequences of {guide.lengths.tolist()} tokens, not {real.tolist()}"
             )
-        row_length = x.shape[1] if cu_seqlens is None else None
-        route = Route.by_hand(
-            guide, self.options.reduce_stride, self.options.resolution, row_length
-        )
-        if self.gate_form == "none" or self.router is None:
-            return route
-        return replace(route, tree=self.router.tree(x, lengths, cu_seqlens))
+        if self.router is not None:
+            return self.router.follow(guide, x, lengths, cu_seqlens)
+        how = (self.options.reduce_stride, self.options.resolution)
+        return Route.by_hand(guide, *how, x.shape[1] if cu_seqlens is None else None)
 
-    def _gates(self, route: Route) -> tuple[list[Tensor], list[Tensor]]:
-        """The bounds (nodes, 3) of gates and their α (nodes, 1 or d_inner), outer ones first."""
-        readings = route.readings
-        bounds, alphas = [], []
+    def _alpha(self, route: Route) -> Tensor | None:
+        """(nodes, 1 or d_inner): α of the nodes of the route's schedule."""
+        parts = [] if route.weights is None else [route.weights]
         if self.gate_form != "none":
-            if route.tree is None:
+            if route.gates is None:
                 raise ValueError("gates need the tree's attributes, which this map does not bring")
-            nodes = gated_nodes(
-                route.tree, route.guide, route.packing, self.gate_form, self.gate_nodes
-            )
-            alpha = self.node_gate(route.tree, nodes)
-            if readings is None:
-                bounds.append(torch.stack([nodes.start, nodes.start, nodes.end], 1))
-            else:
-                placed, which = readings.gates(nodes)
-                bounds.append(placed)
-                alpha = alpha[which]
-            alphas.append(alpha)
-        if route.block_keep is not None:
-            blocks = (readings or route.packing).cu_blocks.long()
-            bounds.append(torch.stack([blocks[:-1], blocks[:-1], blocks[1:]], 1))
-            alphas.append(route.block_keep[:, None])
-        return bounds, alphas
+            alpha = self.node_gate(route.gates)
+            parts.insert(0, alpha if route.twins is None else alpha[route.twins])
+        if not parts:
+            return None
+        wide = max(part.shape[1] for part in parts)
+        return torch.cat([part.expand(-1, wide) for part in parts])
 
     def _follow(self, rows: Tensor, route: Route) -> Tensor:
         """(tokens, d_model) to the same, by a route with one reading of each block."""
-        packing, factor = route.packing, route.token_factor
+        packing = route.packing
         u, z = self.project(kernels.gather_runs(rows, packing.start, packing.count)[None])
-        y = self._scan(
-            self.convolve(u, packing.cu_seqlens),
-            z,
-            factor,
-            *self._gates(route),
-            cu_blocks=packing.cu_blocks,
-            cu_seqlens=packing.cu_seqlens,
-            repeats=packing.repeats,
-        )
-        y = y if factor is None else y * factor
+        y = self._scan(self.convolve(u, packing.cu_seqlens), z, route)
         return kernels.scatter_runs(y, packing.start, packing.count, len(rows))
 
     def _follow_both(self, rows: Tensor, route: Route) -> Tensor:
         """The same where some blocks have two readings, which are mixed."""
         readings, packing = route.readings, route.packing
         assert readings is not None
+        assert route.shares is not None
         first = kernels.gather_runs(rows, packing.start, packing.count)
         second = kernels.gather_runs(rows, readings.start, readings.count)
         (u, z), (other_u, other_z) = (self.project(x[None]) for x in (first, second))
-        other_u = readings.convolve(u[0], other_u[0], self.d_conv, self.convolve)
+        other_u = readings.convolve(u[0], other_u[0], self.convolve)
         u = self.convolve(u, packing.cu_seqlens)
-        factor = route.token_factor
-        factors = None if factor is None else readings.interleave(factor, route.factor_at(readings))
-        bounds, alphas = self._gates(route)
-        weight = route.other_weight
         y = self._scan(
             readings.interleave(u[0], other_u)[None],
             readings.interleave(z[0], other_z[0])[None],
-            factors,
-            [*bounds, readings.forks],
-            [*alphas, weight[readings.forked, None]],
-            cu_blocks=readings.cu_blocks,
-            cu_seqlens=readings.cu_seqlens,
-            repeats=readings.repeats,
+            route,
         )
-        y = y if factors is None else y * factors
-        share = torch.where(readings.forked, weight, 0.0)[:, None]
-        one, other = readings.separate(y)
-        one, other = one * (1 - share[packing.block]), other * share[readings.block]
+        one, other = (
+            part * share for part, share in zip(readings.separate(y), route.shares, strict=True)
+        )
         return kernels.scatter_runs(
             one, packing.start, packing.count, len(rows)
         ) + kernels.scatter_runs(other, readings.start, readings.count, len(rows))
 
-    def _scan(
-        self,
-        u: Tensor,
-        z: Tensor,
-        factor: Tensor | None,
-        bounds: list[Tensor],
-        alphas: list[Tensor],
-        **packed: Tensor | None,
-    ) -> Tensor:
+    def _scan(self, u: Tensor, z: Tensor, route: Route) -> Tensor:
         """Block scan and out_proj of (1, tokens, d_inner), to (tokens, d_model)."""
-        nodes = alpha = None
-        if bounds:
-            wide = max(part.shape[1] for part in alphas)
-            nodes = torch.cat(bounds).int()
-            alpha = torch.cat([part.expand(-1, wide) for part in alphas])
-        repeats = packed["repeats"]
+        scanned, factor = route.scanned, route.token_factor
+        repeats, stretch = scanned.repeats, factor
         if repeats is not None and self.options.reduce == "euler":
             stretch = repeats[0, :, None].to(u.dtype)
-            factor = stretch if factor is None else factor * stretch
-            packed["repeats"] = None
-        inputs = self.scan_inputs(u, z, factor)
-        y = kernels.block_scan(**inputs, **packed, nodes=nodes, alpha=alpha)  # type: ignore[arg-type]
-        return self.out_proj(cast(Tensor, y)[0])
+            stretch = stretch if factor is None else factor * stretch
+            repeats = None
+        y = kernels.block_scan(
+            **self.scan_inputs(u, z, stretch),
+            cu_blocks=scanned.cu_blocks,
+            cu_seqlens=scanned.cu_seqlens,
+            repeats=repeats,
+            nodes=route.schedule,
+            alpha=self._alpha(route),
+        )
+        y = self.out_proj(cast(Tensor, y)[0])
+        return y if factor is None else y * factor

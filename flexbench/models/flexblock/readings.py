@@ -12,6 +12,9 @@ from flexbench import kernels
 from flexbench.models.flexblock.gates import Nodes
 from flexbench.models.flexblock.guide import GuideMap, Packing, Resolution
 
+CONTEXT = 3
+"""Steps before its block that a convolution may see: of the widest one."""
+
 
 class TwoReadings:
     """The computed tokens of a map, those of some blocks a second time in the other direction.
@@ -31,6 +34,7 @@ class TwoReadings:
         block: (again,) int64, the block of each.
         cu_blocks, cu_seqlens: int32 bounds of the blocks and sequences, second readings included.
         repeats: (1, computed + again), or None.
+        forked: (blocks,) bool, the blocks of which there is anything to read twice.
         forks: (forked, 3) int64 nodes (start, middle, end) for `block_scan`.
     """
 
@@ -70,6 +74,17 @@ class TwoReadings:
         self.repeats = None
         if packing.reduced:
             self.repeats = torch.cat([packing.count, self.count])[self._order][None]
+        # What a convolution sees of a second reading: steps before its block, then its own.
+        before = (self.bounds[:-1] - self.first_of_sequence).clamp(max=CONTEXT) * self.forked
+        lengths = before + self.twice
+        base = lengths.cumsum(0) - lengths
+        owner = torch.arange(len(before), device=forked.device).repeat_interleave(before)
+        step = torch.arange(len(owner), device=forked.device) - (before.cumsum(0) - before)[owner]
+        index = torch.arange(len(self.block), device=forked.device) - self.before[self.block]
+        self._context = (self.bounds[:-1] - before)[owner] + step
+        self._own = (base + before)[self.block] + index
+        self._seen = _inverse(torch.cat([base[owner] + step, self._own]))
+        self._cu_seen = F.pad(lengths.cumsum(0), (1, 0)).int()
 
     def interleave(self, first: Tensor, second: Tensor) -> Tensor:
         """(computed, dim) and (again, dim) to (computed + again, dim)."""
@@ -81,20 +96,11 @@ class TwoReadings:
         return picked[: len(self.packing)], picked[len(self.packing) :]
 
     def convolve(
-        self, x: Tensor, second: Tensor, width: int, convolve: Callable[[Tensor, Tensor], Tensor]
+        self, x: Tensor, second: Tensor, convolve: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """The second readings (again, dim) convolved, given the first ones, (computed, dim)."""
-        before = (self.bounds[:-1] - self.first_of_sequence).clamp(max=width - 1) * self.forked
-        lengths = before + self.twice
-        base = lengths.cumsum(0) - lengths
-        owner = torch.arange(len(before), device=x.device).repeat_interleave(before)
-        step = torch.arange(len(owner), device=x.device) - (before.cumsum(0) - before)[owner]
-        context = x[(self.bounds[:-1] - before)[owner] + step]
-        index = torch.arange(len(self.block), device=x.device) - self.before[self.block]
-        own = (base + before)[self.block] + index
-        order = _inverse(torch.cat([base[owner] + step, own]))
-        bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return pick(convolve(pick(torch.cat([context, second]), order)[None], bounds)[0], own)
+        seen = pick(torch.cat([x[self._context], second]), self._seen)
+        return pick(convolve(seen[None], self._cu_seen)[0], self._own)
 
     def gates(self, nodes: Nodes) -> tuple[Tensor, Tensor]:
         """Bounds (n, 3) of gates here, and (n,) which of `nodes` each is: one inside a block has a

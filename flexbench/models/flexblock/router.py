@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from flexbench.config import StrictModel
+from flexbench.kernels.block import Schedule, schedule
+from flexbench.models.base import untraced
+from flexbench.models.flexblock.gates import GateForm, GateNodes, Nodes, gated_nodes
 from flexbench.models.flexblock.guide import BlockType, GuideMap, Packing, Resolution
 from flexbench.models.flexblock.merge import (
     BlockAttributes,
@@ -73,26 +76,79 @@ class RouterOptions(StrictModel):
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """A guide map and all that the layers need to follow it.
+    """A guide map and all that the layers need to follow it, made once for all of them.
+
+    What a layer runs reads these tensors and decides nothing by their values, so that it neither
+    waits for a GPU nor breaks a traced graph.
 
     Attributes:
         guide: the map.
         packing: what it computes.
-        tree: the attributes of all nodes; None for a map made by hand.
         factor: (batch, leaves), by which a leaf's output and Δ are multiplied; None: 1.
         keep: (batch, leaves), how much of what a leaf writes is carried on; None: all.
         reversal: (blocks,), the weight of a block's reversed reading where both are computed; None:
             the flags decide.
         readings: the blocks that are read in both directions, if any.
+        gates: the tree's nodes that carry a gate; None: no node does.
+        is_plain: whether the map asks for nothing but an ordinary scan of every token.
+        token_factor: (scanned, 1), the factor of the leaf in which each scanned token's run begins.
+        weights: (gates or blocks, 1) α of nodes that every layer shares: the mean of `keep` over
+            each block's leaves, then the weight of each second reading.
+        shares: (computed, 1) and (again, 1), the weights of both readings' outputs.
+        twins: (n,) which of `gates` each gate of `schedule` is; None: they are the same.
+        schedule: gates, then the nodes of `weights`, for `block_scan`; None: there are none.
     """
 
     guide: GuideMap
     packing: Packing
-    tree: list[Level] | None = None
     factor: Tensor | None = None
     keep: Tensor | None = None
     reversal: Tensor | None = None
     readings: TwoReadings | None = None
+    gates: Nodes | None = None
+    is_plain: bool = field(init=False)
+    token_factor: Tensor | None = field(init=False)
+    weights: Tensor | None = field(init=False)
+    shares: tuple[Tensor, Tensor] | None = field(init=False)
+    twins: Tensor | None = field(init=False)
+    schedule: Schedule | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        packing, readings = self.packing, self.readings
+        nodes, weights = [], []
+        token_factor = shares = twins = None
+        if self.factor is not None:
+            token_factor = self._factor_at(packing)
+            if readings is not None:
+                token_factor = readings.interleave(token_factor, self._factor_at(readings))
+        if self.gates is not None:
+            bounds = torch.stack([self.gates.start, self.gates.start, self.gates.end], 1)
+            if readings is not None:
+                bounds, twins = readings.gates(self.gates)
+            nodes.append(bounds)
+        if self.keep is not None:
+            blocks = self.scanned.cu_blocks.long()
+            nodes.append(torch.stack([blocks[:-1], blocks[:-1], blocks[1:]], 1))
+            weights.append(self._block_keep(self.keep))
+        if readings is not None:
+            assert self.reversal is not None
+            other = torch.where(self.guide.reverse, 1 - self.reversal, self.reversal)
+            nodes.append(readings.forks)
+            weights.append(other[readings.forked])
+            other = torch.where(readings.forked, other, 0.0)[:, None]
+            shares = (1 - other[packing.block], other[readings.block])
+        made = {
+            "is_plain": self._is_plain(),
+            "token_factor": token_factor,
+            "weights": torch.cat(weights)[:, None] if weights else None,
+            "shares": shares,
+            "twins": twins,
+            "schedule": schedule(torch.cat(nodes).int(), self.scanned.cu_seqlens)
+            if nodes
+            else None,
+        }
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def by_hand(
@@ -105,37 +161,26 @@ class Route:
         """Follow a map as it is; the arguments are those of `GuideMap.pack`."""
         return cls(guide, guide.pack(reduce_stride, resolution, row_length))
 
-    @cached_property
-    def is_plain(self) -> bool:
-        """Whether the map asks for nothing but an ordinary scan of every token."""
-        plain = (self.guide.type == BlockType.FULL) & ~self.guide.reverse
-        extras = (self.factor, self.keep, self.reversal)
-        return all(extra is None for extra in extras) and bool(plain.all())
-
     @property
-    def other_weight(self) -> Tensor:
-        """(blocks,): the weight of the reading against the flag."""
-        assert self.reversal is not None
-        return torch.where(self.guide.reverse, 1 - self.reversal, self.reversal)
+    def scanned(self) -> Packing | TwoReadings:
+        """What is scanned: the computed tokens, second readings included."""
+        return self.readings or self.packing
 
-    @cached_property
-    def token_factor(self) -> Tensor | None:
-        """(computed, 1): the factor of the leaf in which each computed token's run begins."""
-        return None if self.factor is None else self.factor_at(self.packing)
+    def _is_plain(self) -> bool:
+        if any(extra is not None for extra in (self.factor, self.keep, self.reversal, self.gates)):
+            return False
+        return bool(((self.guide.type == BlockType.FULL) & ~self.guide.reverse).all())
 
-    def factor_at(self, packed: Packing | TwoReadings) -> Tensor:
-        """The same for other runs."""
+    def _factor_at(self, packed: Packing | TwoReadings) -> Tensor:
+        """(tokens, 1): the factor of the leaf in which each token's run begins."""
         assert self.factor is not None
         batch = self.guide.batch[packed.block]
         leaf = (packed.start - self.packing.first_tokens[batch]) // self.guide.l0
         return self.factor[batch, leaf, None]
 
-    @cached_property
-    def block_keep(self) -> Tensor | None:
+    def _block_keep(self, keep: Tensor) -> Tensor:
         """(blocks,): the mean of `keep` over each block's leaves."""
-        if self.keep is None:
-            return None
-        levels = [self.keep]
+        levels = [keep]
         while levels[-1].shape[1] > 1:
             odd = levels[-1].shape[1] % 2
             padded = F.pad(levels[-1], (0, odd))
@@ -167,7 +212,8 @@ class Router(nn.Module):
     Args:
         d_model: width of the input.
         options: see there.
-        gated: whether the layers' node gates read the attributes, and so train the scorer.
+        gate_form, gate_nodes: which nodes the layers gate; their gates read the attributes, and so
+            train the scorer.
     """
 
     thresholds: Tensor
@@ -180,18 +226,25 @@ class Router(nn.Module):
     OBSERVED = ("loss", "observations")
     LEVELS = 16
 
-    def __init__(self, d_model: int, options: RouterOptions, *, gated: bool = False) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        options: RouterOptions,
+        *,
+        gate_form: GateForm = "none",
+        gate_nodes: GateNodes = "all",
+    ) -> None:
         super().__init__()
         self.options = options
-        self.gated = gated
+        self.gate_form, self.gate_nodes = gate_form, gate_nodes
         self.scorer = Scorer(d_model, options.l0)
         if options.rev_gate == "soft":
             self.both_ways = nn.Parameter(torch.zeros(()))
         self.register_buffer("thresholds", torch.full((2,), -torch.inf))
-        self.register_buffer("release", torch.full((), torch.inf))
-        self.register_buffer("progress", torch.zeros(()))
+        self.register_buffer("release", torch.full((), torch.inf, device="cpu"))
+        self.register_buffer("progress", torch.zeros((), device="cpu"))
         # Steps seen, mean loss of the first ones, running loss.
-        self.register_buffer("losses", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("losses", torch.zeros(3, dtype=torch.float64, device="cpu"))
         # What was computed since training, and since evaluation, began.
         self.register_buffer(
             "tally",
@@ -203,6 +256,14 @@ class Router(nn.Module):
     @property
     def summary_width(self) -> int:
         return self.scorer.sizes[0]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Keep the schedule on the CPU, which asks for it: a GPU would have to be waited for."""
+        kept = {name: getattr(self, name) for name in ("release", "progress", "losses")}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer)
+        return self
 
     # -- following a sequence ------------------------------------------------------------------
 
@@ -216,6 +277,9 @@ class Router(nn.Module):
             lengths: (batch,) int64 real tokens of each row; None: all.
             cu_seqlens: (sequences + 1,) int32 bounds of the packed sequences.
         """
+        return untraced(self._find)(x, lengths, cu_seqlens)
+
+    def _find(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Route:
         row_length = x.shape[1] if cu_seqlens is None else None
         if self.options.router_gradient == "uniform":
             return self._uniform(x, lengths, cu_seqlens, row_length)
@@ -232,14 +296,15 @@ class Router(nn.Module):
         if self.options.router_gradient == "gate":
             keep = score.sigmoid()
         tree, guide = self._map(found, lengths, types)
-        packing = guide.pack(self.options.reduce_stride, self.options.resolution, row_length)
-        route = Route(guide, packing, tree, factor, keep)
         how = (self.options.reduce_stride, self.options.resolution, row_length)
+        packing = guide.pack(*how)
+        reversal = readings = None
         forked = self._forked(guide)
         if forked is not None:
             readings = TwoReadings(guide, packing, forked, *how)
             reversal = self._reversal(found, guide, tree)
-            route = replace(route, reversal=reversal, readings=readings)
+        gates = self._gates(tree, guide, packing)
+        route = Route(guide, packing, factor, keep, reversal, readings, gates)
         if self._collected is None:
             self._count(route)
         if self.trace is not None:
@@ -267,8 +332,28 @@ class Router(nn.Module):
     def tree(
         self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> list[Level]:
-        """The attributes of all nodes, for a map made by hand; arguments as in `forward`."""
+        """The attributes of all nodes; arguments as in `forward`."""
         return build_tree(*self.attributes(x, lengths, cu_seqlens), self.options.l0)
+
+    def follow(
+        self,
+        guide: GuideMap,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Route:
+        """The route of a map made by hand, with gates; further arguments as in `forward`."""
+        row_length = x.shape[1] if cu_seqlens is None else None
+        packing = guide.pack(self.options.reduce_stride, self.options.resolution, row_length)
+        if self.gate_form == "none":
+            return Route(guide, packing)
+        tree = self.tree(x, lengths, cu_seqlens)
+        return Route(guide, packing, gates=self._gates(tree, guide, packing))
+
+    def _gates(self, tree: list[Level], guide: GuideMap, packing: Packing) -> Nodes | None:
+        if self.gate_form == "none":
+            return None
+        return gated_nodes(tree, guide, packing, self.gate_form, self.gate_nodes)
 
     def attributes(
         self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -316,7 +401,7 @@ class Router(nn.Module):
         options = self.options
         return (
             options.rev == "learned"
-            or self.gated
+            or self.gate_form != "none"
             or options.router_gradient in ("ste", "gate", "soft")
         )
 
@@ -525,21 +610,14 @@ class Router(nn.Module):
     @torch.no_grad()
     def _count(self, route: Route) -> None:
         guide = route.guide
-        by_type = torch.zeros(len(BlockType), dtype=torch.int64, device=guide.length.device)
-        by_type.index_add_(0, guide.type, guide.length)
-        seen = torch.stack(
-            [
-                torch.tensor(len(route.packing), device=guide.length.device),
-                guide.length.sum(),
-                (guide.length * guide.reverse).sum(),
-                *by_type,
-                torch.tensor(len(guide), device=guide.length.device),
-            ]
-        )
-        levels = torch.bincount(guide.level.clamp(max=self.LEVELS - 1), minlength=self.LEVELS)
         row = self.tally[0 if self.training else 1]
-        row[: len(seen)] += seen
-        row[-self.LEVELS :] += levels
+        row[0] += len(route.packing)
+        row[1] += guide.length.sum()
+        row[2] += (guide.length * guide.reverse).sum()
+        row[3:6].index_add_(0, guide.type, guide.length.to(row.dtype))
+        row[6] += len(guide)
+        level = guide.level.clamp(max=self.LEVELS - 1)
+        row[-self.LEVELS :].index_add_(0, level, torch.ones_like(level, dtype=row.dtype))
 
     def diagnostics(self) -> dict[str, float]:
         """What was computed, in this or the last training phase and evaluation.

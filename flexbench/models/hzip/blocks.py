@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexbench.models.base import untraced
 from flexbench.models.flexblock.guide import BlockType, GuideMap
 from flexbench.models.flexblock.merge import build_tree, merge, to_map
 from flexbench.models.flexblock.router import of_blocks
@@ -34,6 +35,9 @@ class BlockStructure(nn.Module):
 
     def forward(self, context: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, GuideMap]:
         """The structure, (batch, length, `width`), and the map; `context` as for every mixer."""
+        return untraced(self._find)(context, cu_seqlens)
+
+    def _find(self, context: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, GuideMap]:
         if cu_seqlens is None:
             lengths = torch.full((len(context),), context.shape[1], device=context.device)
             padded = context
