@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
@@ -97,6 +99,17 @@ def test_merging_equals_a_plain_recursion(lengths, l0, seed, first, second, homo
     )
     guide.validate()
     assert rows_of(guide) == plain_merge(attributes, lengths, l0, first, second, homogeneity, top)
+
+
+@settings(max_examples=50, deadline=None)
+@given(map_lengths, leaf_sizes, seeds, st.sampled_from([-1.0, 0.3, 0.8]))
+def test_merging_again_is_merging_once_and_loosely(lengths, l0, seed, second):
+    attributes = random_attributes(len(lengths), -(-max(lengths) // l0), seed)
+    make = partial(build_guide_map, attributes, torch.tensor(lengths), l0=l0)
+    once = rows_of(make(merge_threshold=second))
+    for evenness in (0.0, 0.5):
+        first = {"merge_threshold": 0.9, "homogeneity_threshold": evenness}
+        assert rows_of(make(**first, remerge_threshold=second)) == once
 
 
 @settings(max_examples=50, deadline=None)

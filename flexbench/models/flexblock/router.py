@@ -48,7 +48,11 @@ class RouterOptions(StrictModel):
 
     l0: PositiveInt = Field(64, description="tokens of a leaf")
     merge_threshold: float = Field(0.9, description="cosine; above 1 nothing merges, -1 all")
-    remerge_threshold: float | None = Field(None, description="looser; None: no second pass")
+    remerge_threshold: float | None = Field(
+        None,
+        description="looser; None: no second pass. It has the effect of a merge_threshold this "
+        "low, with no homogeneity_threshold",
+    )
     homogeneity_threshold: float = Field(0.0, ge=0.0, le=1.0)
     max_level: int | None = Field(None, ge=0, description="of a block; None: no limit")
     rev: RevSource = Field("learned", description="which blocks are read from their end")
