@@ -163,7 +163,8 @@ def run(
     with ProgressBars() as observe:
         result = harness.run(plan, results=results, store=store, executor=executor, observe=observe)
     found = report.read(results)
-    _print(found.tables.get((suite, preset), ""))
+    asked = {trial.cell for cell in plan.cells for trial in cell.grid}
+    _print(found.table(suite, preset, asked))
     _draw(found)
     return _verdict(result)
 
@@ -259,7 +260,8 @@ def report_command(results: Results = Path("results")) -> None:
     from flexbench import report
 
     found = report.read(results)
-    _print("\n\n".join([*found.tables.values(), *found.ablations.values()]))
+    suites = [found.table(suite.suite, suite.preset) for suite, _ in found.suites]
+    _print("\n\n".join([*suites, *found.ablations.values()]))
     _draw(found)
 
 

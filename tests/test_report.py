@@ -868,6 +868,22 @@ def test_an_ablation_says_what_was_not_run(tmp_path: Path) -> None:
     assert table.loc["l0=256", "accuracy"] == pytest.approx(70.5)
 
 
+def test_a_suite_s_table_leaves_variants_to_their_ablation_unless_asked_for(
+    tmp_path: Path,
+) -> None:
+    trial(tmp_path, 0.5)
+    sweep(tmp_path)
+    found = report.read(tmp_path)
+    text = found.table("toy", "quick")
+    assert "flexblock" in text  # its baseline is a row like any other
+    assert "l0=16" not in text
+    assert "2 variants that ablations compare" in text
+    asked = {row.cell for suite, _ in found.suites for row in suite.rows}
+    text = found.table("toy", "quick", asked)
+    assert "l0=16" in text
+    assert "variants that" not in text
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,14 +41,18 @@ class Report:
     swept: tuple[AblationResults, ...]
     skipped: tuple[str, ...]
 
-    @cached_property
-    def tables(self) -> dict[tuple[str, str], str]:
-        """A table for the terminal by (suite, preset)."""
-        return {(each.suite, each.preset): terminal(each, found) for each, found in self.suites}
+    def table(self, suite: str, preset: str, asked: Set[str] = frozenset()) -> str:
+        """A suite's table for the terminal, "" where nothing is on record.
+
+        It leaves to the ablations what they compare, but for the cells that were `asked` for.
+        """
+        known = {(each.suite, each.preset): (each, found) for each, found in self.suites}
+        chosen = known.get((suite, preset))
+        return terminal(*chosen, asked) if chosen else ""
 
     @cached_property
     def ablations(self) -> dict[tuple[str, str], str]:
-        """The same by (ablation, preset)."""
+        """A table for the terminal by (ablation, preset)."""
         return {(each.name, each.preset): ablation_terminal(each) for each in self.swept}
 
     def write(self) -> tuple[Path, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,13 @@ def caption(suite: SuiteResults) -> str:
     return text
 
 
-def terminal(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
-    """A table for 120 columns: per task a line of facts, under it a line a model."""
+def terminal(suite: SuiteResults, pairs: Sequence[Pair] = (), asked: Set[str] = frozenset()) -> str:
+    """A table for 120 columns: per task a line of facts, under it a line a model.
+
+    Variants that an ablation compares are counted, not shown, unless their cells are `asked` for.
+    """
+    left = {row.cell for row in suite.rows if row.cell in suite.ablated and not row.cells & asked}
+    suite = replace(suite, rows=tuple(row for row in suite.rows if row.cell not in left))
     body = [line for task in suite.tasks for line in _task_lines(suite, task)]
     idle = [task for (task, _), why in suite.absences.items() if why == NOT_RUN]
     if idle:
@@ -129,6 +135,8 @@ def terminal(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
         chosen = [pair_cells(pair) for pair in pairs if pair.row.variant == variant]
         lines += ["", *([f"with {', '.join(variant)}"] if variant else [])]
         lines += _tabulate(chosen, "simple", left=("task", "model")).splitlines()
+    if left:
+        lines += ["", f"{len(left)} variants that ablations compare: see `flexbench report`"]
     if suite.older:
         lines += ["", f"{len(suite.older)} more of older versions: see the Markdown table"]
     return "\n".join(part for line in lines for part in _wrap(line)).rstrip()
@@ -137,6 +145,8 @@ def terminal(suite: SuiteResults, pairs: Sequence[Pair] = ()) -> str:
 def _task_lines(suite: SuiteResults, task: str) -> list[str | Row]:
     rows = suite.of_task(task)
     absent = {model: why for (name, model), why in suite.absences.items() if name == task}
+    if not rows and not absent:
+        return []
     if not rows and len(set(absent.values())) == 1:
         (why,) = set(absent.values())
         return [] if why == NOT_RUN else [f"{task}  {why}"]
