@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDED = ROOT / "results/tables/kernels-compiled.md"
+RECORDED = ROOT / "results/scripts/kernels-compiled.md"
 
 
 def rows(table: str) -> list[list[str]]:

@@ -414,7 +414,7 @@ def test_the_readings_are_scaled_for_depth_once():
 
 def test_the_page_quotes_the_table():
     """Every accuracy and difference in docs/hzip.md's table stands in the derived one."""
-    derived = (ROOT / "results/tables/fusions.md").read_text().replace("-", "−")
+    derived = (ROOT / "results/scripts/fusions.md").read_text().replace("-", "−")
     page = (ROOT / "docs/hzip.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ") and "(+" in line]
     rows += [line for line in page.splitlines() if line.startswith("| ") and "(−" in line]
