@@ -34,7 +34,7 @@ SCHEMA = 1
 UMASK = os.umask(0)
 os.umask(UMASK)
 
-DISTURBED = 0.05
+DISTURBED = 0.1
 """A measurement of speed that waited longer, as a share of its time, is made again."""
 
 Outcome = Literal["finished", "diverged", "out of memory", "failed"]
