@@ -391,7 +391,7 @@ def test_absences_are_rows_until_there_is_a_trial(tmp_path: Path) -> None:
         reason="run `python -m flexbench data fetch letters`",
     )
     write_json(absence.path(tmp_path), absence)
-    assert "letters  no data: run `python -m flexbench data fetch letters`" in shown(tmp_path)
+    assert "letters: no data: run `python -m flexbench data fetch letters`" in shown(tmp_path)
     trial(tmp_path, 0.5, task="letters")
     assert "no data" not in shown(tmp_path)
 
@@ -399,8 +399,8 @@ def test_absences_are_rows_until_there_is_a_trial(tmp_path: Path) -> None:
 def test_omitted_and_unasked_tasks_are_named(tmp_path: Path) -> None:
     trial(tmp_path, 0.5, task="other")
     text = shown(tmp_path)
-    assert "maze  left out of quick: not learnt within its budget" in text
-    assert "not run: listing" in text
+    assert "maze: left out of quick: not learnt within its budget" in text
+    assert "listing: not run" in text
 
 
 def test_an_unmatched_model_is_marked(tmp_path: Path) -> None:

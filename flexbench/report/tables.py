@@ -16,7 +16,7 @@ from flexbench.harness.sweep import BASELINE
 from flexbench.records import SpeedRecord, write_atomic
 from flexbench.report.ablations import AblationResults
 from flexbench.report.pairs import Pair
-from flexbench.report.results import NOT_RUN, Row, SuiteResults, find
+from flexbench.report.results import Row, SuiteResults, find
 from flexbench.report.statistics import Interval
 from flexbench.tasks.base import registry as tasks
 
@@ -122,10 +122,15 @@ def terminal(suite: SuiteResults, pairs: Sequence[Pair] = (), asked: Set[str] = 
     """
     left = {row.cell for row in suite.rows if row.cell in suite.ablated and not row.cells & asked}
     suite = replace(suite, rows=tuple(row for row in suite.rows if row.cell not in left))
-    body = [line for task in suite.tasks for line in _task_lines(suite, task)]
-    idle = [task for (task, _), why in suite.absences.items() if why == NOT_RUN]
-    if idle:
-        body.append(f"{NOT_RUN}: {', '.join(idle)}")
+    body: list[str | Row] = []
+    idle: dict[str, list[str]] = {}
+    for task in suite.tasks:
+        whys = {why for (name, _), why in suite.absences.items() if name == task}
+        if suite.of_task(task) or len(whys) > 1:
+            body += _task_lines(suite, task)
+        for why in whys if len(whys) == 1 and not suite.of_task(task) else ():
+            idle.setdefault(why, []).append(task)
+    body += [f"{', '.join(names)}: {why}" for why, names in idle.items()]
     table = _aligned(body)
     lines = [caption(suite), "", *table, "", *_legend("\n".join(table)), *machines(suite.rows)]
     if pairs:
@@ -145,11 +150,6 @@ def terminal(suite: SuiteResults, pairs: Sequence[Pair] = (), asked: Set[str] = 
 def _task_lines(suite: SuiteResults, task: str) -> list[str | Row]:
     rows = suite.of_task(task)
     absent = {model: why for (name, model), why in suite.absences.items() if name == task}
-    if not rows and not absent:
-        return []
-    if not rows and len(set(absent.values())) == 1:
-        (why,) = set(absent.values())
-        return [] if why == NOT_RUN else [f"{task}  {why}"]
     facts = _facts(rows[0]) if rows else ""
     lines: list[str | Row] = [f"{task}  {facts}"]
     variant: tuple[str, ...] = ()
