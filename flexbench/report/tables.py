@@ -126,10 +126,10 @@ def terminal(suite: SuiteResults, pairs: Sequence[Pair] = (), asked: Set[str] = 
     idle: dict[str, list[str]] = {}
     for task in suite.tasks:
         whys = {why for (name, _), why in suite.absences.items() if name == task}
-        if suite.of_task(task) or len(whys) > 1:
+        if len(whys) == 1 and not suite.of_task(task):
+            idle.setdefault(whys.pop(), []).append(task)
+        else:
             body += _task_lines(suite, task)
-        for why in whys if len(whys) == 1 and not suite.of_task(task) else ():
-            idle.setdefault(why, []).append(task)
     body += [f"{', '.join(names)}: {why}" for why, names in idle.items()]
     table = _aligned(body)
     lines = [caption(suite), "", *table, "", *_legend("\n".join(table)), *machines(suite.rows)]
